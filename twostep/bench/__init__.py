@@ -1,0 +1,80 @@
+"""`twostep bench`: every operator against what a user would pick instead, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where a GPU is visible, else cpu")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="default: all")
+    parser.add_argument("--shapes", nargs="+", metavar="BxLxD", help="default: the shapes that count on that device")
+    parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help="default: float32 and bfloat16 (bfloat16 on cuda)")
+    parser.add_argument(
+        "--directions", nargs="+", choices=["forward", "backward", "both"], default=["forward", "backward", "both"]
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each candidate (default 1)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out; its compilation takes most of the time"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write the table, CSV, JSON and plot there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from . import cases, report, timing
+    from .measure import Row, measure
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        print("bench: --device cuda was asked for, and torch sees no GPU (twostep doctor says why)", file=sys.stderr)
+        return 2
+    try:
+        ops = _chosen(arguments.ops, cases.OPS)
+        default = cases.CPU_SHAPES if device == "cpu" else cases.CUDA_SHAPES
+        shapes = [cases.Shape.parse(text) for text in arguments.shapes] if arguments.shapes else list(default)
+        usual = ("float32", "bfloat16") if device == "cpu" else ("bfloat16",)
+        dtypes = _chosen(arguments.dtypes, usual, ("float32", "bfloat16", "float16"))
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    timing.keep_freed_memory()
+
+    rows: list[Row] = []
+    total = len(ops) * len(shapes) * len(dtypes)
+    for number, (shape, dtype, op) in enumerate(((s, d, o) for s in shapes for d in dtypes for o in ops), 1):
+        print(f"[{number}/{total}] {op} {shape} {dtype}", file=sys.stderr, flush=True)
+        rows += measure(
+            op,
+            shape,
+            getattr(torch, dtype),
+            device,
+            tuple(arguments.directions),
+            seconds=arguments.seconds,
+            compiled=not arguments.no_compile,
+        )
+    print(report.table(rows))
+    print()
+    print(report.summary(rows))
+    for peer, reason in sorted({item for row in rows for item in row.notes.items()}):
+        print(f"left out: {peer}: {reason}")
+    if arguments.out:
+        command = shlex.join(["twostep", *sys.argv[1:]])
+        for path in report.save(rows, arguments.out, device, command):
+            print(f"wrote {path}")
+    return 0
+
+
+def _chosen(given: list[str] | None, default: tuple[str, ...], accepted: tuple[str, ...] | None = None) -> list[str]:
+    accepted = accepted or default
+    for name in given or ():
+        if name not in accepted:
+            raise ValueError(f"{name!r} is not one of {', '.join(accepted)}")
+    return list(given or default)

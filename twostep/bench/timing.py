@@ -1,0 +1,165 @@
+"""Timing: inputs rotate so that nothing sits in a cache, the candidates take turns, medians are compared.
+
+On the CPU a call is timed by the wall clock. On CUDA one rotation through the inputs is captured in a graph and its
+replays are timed by events, so that launch gaps do not count; launch overhead is measured on its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A set of inputs is used again only after this many bytes have gone by: several times the L2 of a GPU (60 MB on an
+# H200), and on a CPU more than the part of a shared last-level cache that two cores can count on.
+ROTATE_BYTES = {"cpu": 768 << 20, "cuda": 512 << 20}
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc reuse freed memory of any size. By default it returns blocks of 32 MiB and more to the kernel, and
+    then every candidate spends more time on page faults than on arithmetic."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    except OSError:
+        return  # another C library: its own policy stands, for all candidates alike
+
+
+def rotations(bytes_per_call: int, device: str) -> int:
+    return max(2, min(256, -(-ROTATE_BYTES[device] // max(1, bytes_per_call))))
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def forward(function: Callable[..., Any], inputs: Any) -> Callable[[], Any]:
+    def call() -> Any:
+        with torch.no_grad():
+            return function(**inputs.arguments, **inputs.options)
+
+    return call
+
+
+def both(function: Callable[..., Any], inputs: Any) -> Callable[[], Any]:
+    wanted = inputs.differentiable()
+
+    def call() -> Any:
+        return torch.autograd.grad(as_tuple(function(**inputs.arguments, **inputs.options)), wanted, inputs.incoming)
+
+    return call
+
+
+def backward(function: Callable[..., Any], inputs: Any) -> Callable[[], Any]:
+    wanted = inputs.differentiable()
+    outputs = as_tuple(function(**inputs.arguments, **inputs.options))
+
+    def call() -> Any:
+        return torch.autograd.grad(outputs, wanted, inputs.incoming, retain_graph=True)
+
+    return call
+
+
+DIRECTIONS: dict[str, Callable[..., Callable[[], Any]]] = {"forward": forward, "backward": backward, "both": both}
+
+
+def time_cpu(candidates: dict[str, Sequence[Callable[[], Any]]], seconds: float) -> dict[str, float]:
+    """Median seconds of one call for each candidate; they take turns, so that a disturbance meets all of them."""
+    for calls in candidates.values():
+        for call in list(calls)[:3]:
+            call()
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    turn, deadline = 0, time.perf_counter() + seconds * len(candidates)
+    while turn < 7 or time.perf_counter() < deadline:
+        for name, calls in candidates.items():
+            call = calls[turn % len(calls)]
+            start = time.perf_counter()
+            call()
+            samples[name].append(time.perf_counter() - start)
+        turn += 1
+    return {name: statistics.median(found) for name, found in samples.items()}
+
+
+def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def time_cuda(candidates: dict[str, Sequence[Callable[[], Any]]], seconds: float) -> dict[str, float]:
+    graphs = {name: (capture(calls), len(calls)) for name, calls in candidates.items()}
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for graph, _ in graphs.values():
+        graph.replay()
+    deadline = time.perf_counter() + seconds * len(candidates)
+    turn = 0
+    while turn < 7 or time.perf_counter() < deadline:
+        for name, (graph, count) in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            samples[name].append(start.elapsed_time(end) / 1000 / count)
+        turn += 1
+    return {name: statistics.median(found) for name, found in samples.items()}
+
+
+def time_candidates(
+    candidates: dict[str, Sequence[Callable[[], Any]]], device: str, seconds: float
+) -> dict[str, float]:
+    return (time_cuda if device == "cuda" else time_cpu)(candidates, seconds)
+
+
+def launch_overhead(call: Callable[[], Any], device: str, count: int = 200) -> float:
+    """Seconds that the host spends on one call: on CUDA without waiting for the device, on the CPU with tiny inputs."""
+    for _ in range(20):
+        call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    elapsed = time.perf_counter() - start
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return elapsed / count
+
+
+def copy_calls(numel: int, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
+    """Copies between rotating buffers of one activation's size: what the percentages are percentages of."""
+    count = rotations(2 * numel * dtype.itemsize, device)
+    buffers = [torch.ones(2, numel, dtype=dtype, device=device) for _ in range(count)]
+    return [functools.partial(pair[0].copy_, pair[1]) for pair in buffers]
+
+
+def saved_bytes(function: Callable[..., Any], inputs: Any) -> int:
+    """Bytes that a call keeps for its backward beyond its own inputs, each storage counted once."""
+    own = {t.untyped_storage().data_ptr() for t in inputs.arguments.values()}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = function(**inputs.arguments, **inputs.options)
+    del outputs
+    return sum(kept.values())
