@@ -37,6 +37,13 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv module (Debian and Ubuntu:  apt-get install python3-venv )" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# Without an nvcc there is nothing to compile CUDA kernels with, and the package index may well hand out a CUDA torch.
+ifeq ($(shell command -v nvcc || ls $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc 2>/dev/null),)
+ifndef TWOSTEP_FORCE_CUDA
+export TWOSTEP_NO_CUDA ?= 1
+endif
+endif
+
 # torch first and by itself: the build compiles against the one that is installed.
 build/stamps/torch-$(subst /,-,$(VENV)): constraints.txt | $(BIN)/python
 	$(PIP) install --quiet --constraint constraints.txt torch

@@ -3,7 +3,8 @@
 // It is written against LibTorch's stable ABI, so that one binary serves every PyTorch from the targeted version
 // on, CPU-only or CUDA. Each operator is functional: it allocates its outputs, fills a parameter struct and hands
 // it to the kernel of the tensor's device. Autograd, broadcasting and friendly errors live in twostep/ops; the
-// checks here only keep a direct call of torch.ops.twostep.* from reading memory that is not there.
+// checks here keep a direct call of torch.ops.twostep.*, with tensors of one device, from reading memory that is not
+// there.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -110,14 +111,19 @@ struct Call {
 };
 
 ConstRows view_rows(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
-ConstHeads view_heads(const Tensor& t) { return {t.const_data_ptr(), t.size(2), t.stride(0), t.stride(1), t.stride(2)}; }
+ConstHeads view_heads(const Tensor& t) {
+  return {t.const_data_ptr(), t.size(2), t.stride(0), t.stride(1), t.stride(2)};
+}
 
 // The parameters of one call: they share a dtype, which is the activations' or float32.
 struct Parameters {
   const Call& call;
   std::optional<ScalarType> type;
 
-  explicit Parameters(const Call& c, std::optional<ScalarType> known = std::nullopt) : call(c), type(known) {}
+  explicit Parameters(const Call& c, std::optional<ScalarType> known = std::nullopt) : call(c), type(known) {
+    STD_TORCH_CHECK(!known || *known == c.type || *known == c.accumulation(), c.name, ": param_dtype is ",
+                    torch::headeronly::toString(*known), ", expected the activations' dtype or the accumulation dtype");
+  }
 
   void agree(const Tensor& t, const char* what) {
     call.same_device(t, what);
@@ -169,11 +175,10 @@ void run_cuda(const Call& call, cudaError_t (*kernel)(const Params&, cudaStream_
   STD_TORCH_CHECK(error == cudaSuccess, call.name, ": CUDA error ", cudaGetErrorName(error), ": ",
                   cudaGetErrorString(error));
 }
-#define TWOSTEP_RUN(call, kernel, params)                                               \
+#define TWOSTEP_RUN(call, kernel, params) \
   ((call).x.is_cuda() ? run_cuda((call), &cuda::kernel, (params)) : cpu::table().kernel(params))
 int64_t splits_of(const Call& call, int64_t width) {
-  return call.x.is_cuda() ? cuda::splits(call.batch, call.length, width)
-                          : cpu::splits(call.batch, call.length, width);
+  return call.x.is_cuda() ? cuda::splits(call.batch, call.length, width) : cpu::splits(call.batch, call.length, width);
 }
 #else
 #define TWOSTEP_RUN(call, kernel, params) cpu::table().kernel(params)
@@ -203,8 +208,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_modulate(Tensor x, OptionalTensor weight
   scale = parameters.modulation(scale, "scale");
   shift = parameters.modulation(shift, "shift");
   Tensor y = call.empty_rows(), mean = call.statistics(layer), rstd = call.statistics(true);
-  NormModulateForward p{call.dtype(), parameters.dtype(), layer ? Norm::layer : Norm::rms, eps,
-                        call.batch,   call.length,        call.width};
+  NormModulateForward p{call.dtype(), parameters.dtype(), layer ? Norm::layer : Norm::rms, eps, call.batch,
+                        call.length,  call.width};
   p.x = view_rows(rows), p.weight = data(weight);
   p.scale = view_modulation(scale), p.shift = view_modulation(shift);
   p.y = out(y), p.mean = layer ? out(mean) : nullptr, p.rstd = out(rstd);
@@ -249,8 +254,14 @@ std::tuple<Tensor, Tensor> gated_residual(Tensor x, Tensor z, OptionalTensor gat
   gate = parameters.modulation(gate, "gate");
   weight = parameters.vector(weight, "weight");
   Tensor result = call.empty_rows(), rstd = call.statistics(rms);
-  GatedResidualForward p{call.dtype(), parameters.dtype(), rms ? Norm::rms : Norm::none,
-                         tanh ? GateAct::tanh : GateAct::none, eps, call.batch, call.length, call.width};
+  GatedResidualForward p{call.dtype(),
+                         parameters.dtype(),
+                         rms ? Norm::rms : Norm::none,
+                         tanh ? GateAct::tanh : GateAct::none,
+                         eps,
+                         call.batch,
+                         call.length,
+                         call.width};
   p.x = view_rows(x_rows), p.z = view_rows(z_rows);
   p.gate = view_modulation(gate), p.weight = data(weight);
   p.out = out(result), p.rstd = rms ? out(rstd) : nullptr;
@@ -272,8 +283,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(Tensor dout, Tensor z
   Tensor dz = call.empty_rows();
   Tensor dgate = need_gate ? call.empty_like(*gate) : call.none(param_dtype);
   Tensor dweight = need_weight ? call.empty({call.width}, param_dtype) : call.none(param_dtype);
-  GatedResidualBackward p{call.dtype(), parameters.dtype(), rms ? Norm::rms : Norm::none,
-                          tanh ? GateAct::tanh : GateAct::none, call.batch, call.length, call.width};
+  GatedResidualBackward p{
+      call.dtype(), parameters.dtype(), rms ? Norm::rms : Norm::none, tanh ? GateAct::tanh : GateAct::none, call.batch,
+      call.length,  call.width};
   p.gate_per_token = per_token(gate);
   const Workspace workspace(call, need_weight || (need_gate && !p.gate_per_token) ? 1 : 0, call.width);
   p.dout = view_rows(grad), p.z = view_rows(z_rows);
@@ -464,14 +476,14 @@ std::tuple<Tensor, Tensor> swiglu_backward(Tensor dy, Tensor gate, Tensor up) {
   Tensor dgate = call.empty_rows(), dup = call.empty_rows();
   SwigluBackward p{call.dtype(), call.batch, call.length, call.width};
   p.dy = view_rows(grad), p.gate = view_rows(gate_rows), p.up = view_rows(up_rows);
-  p.dgate = {out(dgate), call.length * call.width, call.width}, p.dup = {out(dup), call.length * call.width, call.width};
+  p.dgate = {out(dgate), call.length * call.width, call.width},
+  p.dup = {out(dup), call.length * call.width, call.width};
   TWOSTEP_RUN(call, swiglu_backward, p);
   return {dgate, dup};
 }
 
 void torch_parallel_for_adapter(int64_t begin, int64_t end, int64_t grain, cpu::Body body, void* context) {
-  torch::stable::parallel_for(begin, end, grain,
-                              [=](int64_t first, int64_t last) { body(first, last, context); });
+  torch::stable::parallel_for(begin, end, grain, [=](int64_t first, int64_t last) { body(first, last, context); });
 }
 
 void register_kernels(torch::stable::detail::StableLibrary& m) {
@@ -534,9 +546,7 @@ STABLE_TORCH_LIBRARY_IMPL(twostep, CUDA, m) { twostep::register_kernels(m); }
 #endif
 
 // For tests and benchmarks, through ctypes: which instruction set the CPU kernels use, and choosing another.
-extern "C" __attribute__((visibility("default"))) const char* twostep_cpu_isa() {
-  return twostep::cpu::table().isa;
-}
+extern "C" __attribute__((visibility("default"))) const char* twostep_cpu_isa() { return twostep::cpu::table().isa; }
 extern "C" __attribute__((visibility("default"))) bool twostep_select_cpu_isa(const char* isa) {
   return twostep::cpu::select_isa(isa);
 }

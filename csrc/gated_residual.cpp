@@ -76,9 +76,12 @@ template <class T>
 TWOSTEP_INLINE void backward_sum(BackwardRow<T>& row, int64_t width) {
   using A = Acc<T>;
   Sums<A> gz;
-  sum_vectors<A>(width, [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
-    gz.slots[slot] += load(row.dout + d, lanes) * load(row.m + d, lanes) * load(row.z + d, lanes);
-  });
+  sum_vectors<A>(
+      width,
+      [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
+        gz.slots[slot] += load(row.dout + d, lanes) * load(row.m + d, lanes) * load(row.z + d, lanes);
+      },
+      gz);
   row.mean_gz = gz.total() * row.rstd / static_cast<A>(width);
 }
 
@@ -154,10 +157,17 @@ class Backward {
       if (kPerToken) modulate(run.batch, l + r, r);
       const int64_t next = smaller(l + r + kRows, a_.length - 1);
       const int p = kPerToken ? r : 0;
-      group[r] = {row_of<T>(a_.dout, run.batch, l + r), row_of<T>(a_.z, run.batch, l + r),
-                  row_of<T>(a_.dout, run.batch, next),  row_of<T>(a_.z, run.batch, next),
-                  norm ? static_cast<const A*>(a_.rstd)[first + r] : A{1}, A{0},
-                  m_[p], act_[p], dact_[p], dgate_[r], dz_.row(dz + r * width_, r)};
+      group[r] = {row_of<T>(a_.dout, run.batch, l + r),
+                  row_of<T>(a_.z, run.batch, l + r),
+                  row_of<T>(a_.dout, run.batch, next),
+                  row_of<T>(a_.z, run.batch, next),
+                  norm ? static_cast<const A*>(a_.rstd)[first + r] : A{1},
+                  A{0},
+                  m_[p],
+                  act_[p],
+                  dact_[p],
+                  dgate_[r],
+                  dz_.row(dz + r * width_, r)};
       if (norm) backward_sum(group[r], width_);
     }
     backward_rows<kPerToken, kSums>(group, sum_gz, width_);

@@ -15,28 +15,26 @@ __global__ void __launch_bounds__(light.max_threads, light.resident / light.max_
     gated_residual_forward_rows(const GatedResidualForward p, const Factor<Gate> gate, const RowPlan plan) {
   const Team<W, V> team(p.width);
   TeamSum sum(team, shared_memory());
-  Inputs<T, W, V, 2> inputs(shared_memory() + TeamSum::bytes, plan.ahead);
+  Inputs<T, W, V, 2> inputs(TeamSum::bytes, plan.ahead);
   const bool normed = p.norm == Norm::rms, per_token = gate.per_token();
   const float inverse_width = 1.f / float(p.width), eps = float(p.eps);
   float c[team.held][W];
 
   const Run run(plan, p.length);
   if (run.b >= p.batch) return;
-  const auto rows = [&](int k, int i) { return row_of<T>(k == 0 ? p.x : p.z, run, i); };
-  inputs.open(team, run, rows);
-  for (int i = 0; i < run.count; ++i) {
+  const auto tensors = [&](int k) -> const ConstRows& { return k == 0 ? p.x : p.z; };
+  inputs.open(team, run, tensors);
+  int64_t row = run.row(p.length), at = row * p.width;
+  for (int i = 0; i < run.count; ++i, ++row, at += p.width) {
     if (V > 0 && (i == 0 || per_token)) {
-      team.columns([&](int v, int column) {
-        gate.template product<W, T>(run.b, run.begin + i, column, c[v]);
-      });
+      team.columns([&](int v, int column) { gate.template product<W, T>(run.b, run.begin + i, column, c[v]); });
     }
-    inputs.next(team, run, i, rows);
-    const int64_t row = run.row(p.length, i);
+    inputs.next(team, run, i, tensors);
     float x[W], z[W], rstd = 1.f;
     if (normed) {
       float squares[1] = {0.f};
       team.columns([&](int v, int column) {
-        inputs.read(1, v, column, i, rows, z);
+        inputs.read(1, v, column, z);
 #pragma unroll
         for (int e = 0; e < W; ++e) squares[0] += z[e] * z[e];
       });
@@ -46,11 +44,11 @@ __global__ void __launch_bounds__(light.max_threads, light.resident / light.max_
     }
     team.columns([&](int v, int column) {
       if (V == 0) gate.template product<W, T>(run.b, run.begin + i, column, c[v]);
-      inputs.read(0, v, column, i, rows, x);
-      inputs.read(1, v, column, i, rows, z);
+      inputs.read(0, v, column, x);
+      inputs.read(1, v, column, z);
 #pragma unroll
       for (int e = 0; e < W; ++e) x[e] += c[v][e] * (z[e] * rstd);
-      store<W>(static_cast<T*>(p.out) + row * p.width + column, x);
+      store<W>(static_cast<T*>(p.out) + at + column, x);
     });
   }
 }
@@ -61,20 +59,19 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
     gated_residual_backward_rows(const GatedResidualBackward p, const Factor<Gate> gate, const RowPlan plan) {
   const Team<W, V> team(p.width);
   TeamSum sum(team, shared_memory());
-  Columns<W, V, 1> factors(shared_memory() + TeamSum::bytes);
-  Inputs<T, W, V, 2> inputs(after<Columns<W, V, 1>>(shared_memory() + TeamSum::bytes), plan.ahead);
+  using Factors = Columns<W, V, 1>;
+  Factors factors(TeamSum::bytes);
+  Inputs<T, W, V, 2> inputs(Factors::end(TeamSum::bytes), plan.ahead);
   const bool normed = p.norm == Norm::rms, per_token = PerToken && gate.per_token();
   const bool token_gradient = PerToken && p.gate_per_token && gate.present();
   const bool wants_products = p.dweight != nullptr || (p.dgate != nullptr && !p.gate_per_token);
   const float inverse_width = 1.f / float(p.width);
   ColumnSums<W, V> products;
 
-  Run run(plan, p.length);
+  const Run run(plan, p.length);
   if (run.b >= p.batch) return;
-  const auto rows = [&](int k, int i) { return row_of<T>(k == 0 ? p.dout : p.z, run, i); };
-  const auto partial = [&] {
-    return wants_products ? partial_sums(p.partials, 0, run, p.batch, p.width) : nullptr;
-  };
+  const auto tensors = [&](int k) -> const ConstRows& { return k == 0 ? p.dout : p.z; };
+  const auto partial = [&] { return wants_products ? partial_sums(p.partials, 0, run, p.batch, p.width) : nullptr; };
   const auto factor = [&](int v, int column, int i, float (&c)[W]) {
     if constexpr (V > 0) {
       factors.get(0, v, c);
@@ -82,49 +79,51 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
       gate.template product<W, T>(run.b, run.begin + i, column, c);
     }
   };
-  products.open(team, partial());
-  RowStatistic rstds(p.rstd, run.row(p.length, 0), run, 1.f);
-  inputs.open(team, run, rows);
-  for (int i = 0; i < run.count; ++i) {
-    run.forget();
-    float dout[W], z[W], c[W], along[1] = {0.f};  // sum of g * zhat
+  const auto set_factors = [&](int i) {
     if constexpr (V > 0) {
-      if (i == 0 || per_token) {
-        team.columns([&](int v, int column) {
-          gate.template product<W, T>(run.b, run.begin + i, column, c);
-          factors.set(0, v, c);
-        });
-      }
+      team.columns([&](int v, int column) {
+        float c[W];
+        gate.template product<W, T>(run.b, run.begin + i, column, c);
+        factors.set(0, v, c);
+      });
     }
-    inputs.next(team, run, i, rows);
-    const int64_t row = run.row(p.length, i);
+  };
+  products.open(team, partial());
+  int64_t row = run.row(p.length), at = row * p.width;
+  RowStatistic rstds(p.rstd, row, run, 1.f);
+  inputs.open(team, run, tensors);
+  if (run.count > 0) set_factors(0);
+  for (int i = 0; i < run.count; ++i, ++row, at += p.width) {
+    float dout[W], z[W], c[W], along[1] = {0.f};  // sum of g * zhat
+    if (PerToken && i > 0 && per_token) set_factors(i);
+    inputs.next(team, run, i, tensors);
     const float rstd = rstds.take(row, i + 1 < run.count);
     team.columns([&](int v, int column) {
       factor(v, column, i, c);
-      inputs.read(0, v, column, i, rows, dout);
-      inputs.read(1, v, column, i, rows, z);
+      inputs.read(0, v, column, dout);
+      inputs.read(1, v, column, z);
 #pragma unroll
       for (int e = 0; e < W; ++e) {
         z[e] = dout[e] * (z[e] * rstd);
         along[0] += z[e] * c[e];
       }
       if (token_gradient) {
-        gate.template token_gradient<W, T>(run.b, run.begin + i, row, column, team.width, p.dgate, z);
+        gate.template token_gradient<W, T>(run.b, run.begin + i, at, column, p.dgate, z);
       }
       products.add(v, column, partial(), z);
     });
-    float project = 0.f;
+    float project = 0.f;  // rstd * (g - zhat * mean(g * zhat)), with what is the same for the row drawn together
     if (normed) {
       sum(team, along);
-      project = along[0] * inverse_width;
+      project = -rstd * rstd * along[0] * inverse_width;
     }
     team.columns([&](int v, int column) {
       factor(v, column, i, c);
-      inputs.read(0, v, column, i, rows, dout);
-      inputs.read(1, v, column, i, rows, z);
+      inputs.read(0, v, column, dout);
+      inputs.read(1, v, column, z);
 #pragma unroll
-      for (int e = 0; e < W; ++e) z[e] = rstd * (dout[e] * c[e] - z[e] * rstd * project);
-      store<W>(static_cast<T*>(p.dz) + row * p.width + column, z);
+      for (int e = 0; e < W; ++e) z[e] = dout[e] * rstd * c[e] + z[e] * project;
+      store<W>(static_cast<T*>(p.dz) + at + column, z);
     });
   }
   products.close(team, partial());
@@ -163,7 +162,8 @@ cudaError_t gated_residual_backward(const GatedResidualBackward& p, cudaStream_t
     using T = decltype(element);
     constexpr int W = decltype(w)::value, V = decltype(v)::value;
     if constexpr (V > 0) {
-      if (!p.gate_per_token) return launch<gated_residual_backward_rows<T, W, V, false>>(to.grid, stream, p, gate, to.plan);
+      if (!p.gate_per_token)
+        return launch<gated_residual_backward_rows<T, W, V, false>>(to.grid, stream, p, gate, to.plan);
     }
     return launch<gated_residual_backward_rows<T, W, V, true>>(to.grid, stream, p, gate, to.plan);
   });

@@ -47,7 +47,8 @@ class Forward {
   static bool varies(const ConstRows& p) { return p.data && p.token_stride != 0; }
 
   void modulate(int64_t b, int64_t l) {
-    load_modulation(modulation_of(a_.gate_act), a_.param_dtype, a_.gate.data, offset_of(a_.gate, b, l), width_, post_m_);
+    load_modulation(modulation_of(a_.gate_act), a_.param_dtype, a_.gate.data, offset_of(a_.gate, b, l), width_,
+                    post_m_);
     multiply_rows(post_m_, post_weight_, width_, post_m_);
     load_modulation(Modulation::scale, a_.param_dtype, a_.scale.data, offset_of(a_.scale, b, l), width_, m_);
     multiply_rows(m_, pre_weight_, width_, m_);
@@ -68,17 +69,20 @@ class Forward {
     const bool post_norm = a_.post_norm == Norm::rms;
     const A post_rstd = post_norm ? moments<Norm::rms>(z, width, a_.eps).rstd : A{1};
     Sums<A> total;
-    sum_vectors<A>(width, [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
-      prefetch(next_z + d);
-      const Vec<A> v = load(x + d, lanes) + load(z + d, lanes) * post_rstd * load(post_m + d, lanes);
-      store(out + d, v, lanes);
-      const Vec<A> stored = load(out + d, lanes);
-      store(sum + d, stored, lanes);
-      total.slots[slot] += kNorm == Norm::layer ? stored : stored * stored;
-    });
+    sum_vectors<A>(
+        width,
+        [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
+          prefetch(next_z + d);
+          const Vec<A> v = load(x + d, lanes) + load(z + d, lanes) * post_rstd * load(post_m + d, lanes);
+          store(out + d, v, lanes);
+          const Vec<A> stored = load(out + d, lanes);
+          store(sum + d, stored, lanes);
+          total.slots[slot] += kNorm == Norm::layer ? stored : stored * stored;
+        },
+        total);
     out_.done(out_destination, width);
     const A first = total.total() / static_cast<A>(width);
-    const A mean = kNorm == Norm::layer ? first : A{0};
+    const A mean = kNorm == Norm::layer ? corrected_mean(sum, first, width) : A{0};
     const A variance = kNorm == Norm::layer ? sum_squares(sum, mean, width) / static_cast<A>(width) : first;
     const A rstd = 1 / square_root(variance + static_cast<A>(a_.eps));
     for_vectors<A>(width, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
@@ -113,8 +117,8 @@ template <class T>
 struct BackwardRow {
   const T *dout, *dh, *out, *z;
   const T *next_dout, *next_dh, *next_out, *next_z;
-  Acc<T> mean, rstd, post_rstd;             // mean is 0 for rms, post_rstd 1 without a post_norm
-  Acc<T> mean_go, mean_g, mean_uz;          // mean(g * ohat), mean(g), mean(u * zhat); 0 where there is no such term
+  Acc<T> mean, rstd, post_rstd;     // mean is 0 for rms, post_rstd 1 without a post_norm
+  Acc<T> mean_go, mean_g, mean_uz;  // mean(g * ohat), mean(g), mean(u * zhat); 0 where there is no such term
   Modulated<Acc<T>> p;
   Acc<T>* t;  // scratch: dx before it is rounded
   T *dx, *dz;
@@ -129,11 +133,14 @@ template <class T>
 TWOSTEP_INLINE void norm_sums(BackwardRow<T>& row, int64_t width, bool layer) {
   using A = Acc<T>;
   Sums<A> go, g;
-  sum_vectors<A>(width, [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
-    const Vec<A> v = load(row.dh + d, lanes) * load(row.p.m + d, lanes);
-    go.slots[slot] += v * (load(row.out + d, lanes) - row.mean);
-    g.slots[slot] += v;
-  });
+  sum_vectors<A>(
+      width,
+      [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
+        const Vec<A> v = load(row.dh + d, lanes) * load(row.p.m + d, lanes);
+        go.slots[slot] += v * (load(row.out + d, lanes) - row.mean);
+        g.slots[slot] += v;
+      },
+      go, g);
   row.mean_go = go.total() * row.rstd / static_cast<A>(width);
   row.mean_g = layer ? g.total() / static_cast<A>(width) : A{0};
 }
@@ -143,39 +150,47 @@ template <bool kPerToken, bool kSums, int kRows, class T>
 TWOSTEP_INLINE void residual_rows(BackwardRow<T> (&rows)[kRows], const Acc<T>* pre_weight,
                                   const Accumulators<Acc<T>>& sums, int64_t width, bool post_norm) {
   using A = Acc<T>;
-  Vec<A> uz[kRows] = {};
-  for_vectors<A>(width, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
-    Vec<A> sum_a = kSums ? load(sums.dh_ohat + d, lanes) : Vec<A>{};
-    Vec<A> sum_s = kSums ? load(sums.dh + d, lanes) : Vec<A>{};
-    Vec<A> sum_g = kSums ? load(sums.t_zhat + d, lanes) : Vec<A>{};
-    for (int r = 0; r < kRows; ++r) {
-      const BackwardRow<T>& row = rows[r];
-      prefetch(row.next_dh + d);
-      prefetch(row.next_out + d);
-      const Vec<A> dh = load(row.dh + d, lanes);
-      const Vec<A> ohat = (load(row.out + d, lanes) - row.mean) * row.rstd;
-      const Vec<A> g = dh * load(row.p.m + d, lanes);
-      const Vec<A> t = load(row.dout + d, lanes) + row.rstd * (g - row.mean_g - ohat * row.mean_go);
-      const Vec<A> zhat = load(row.z + d, lanes) * row.post_rstd;
-      const Vec<A> dh_ohat = dh * ohat, t_zhat = t * zhat;
-      store(row.dx + d, t, lanes);
-      store(row.t + d, t, lanes);
-      uz[r] += t_zhat * load(row.p.post_m + d, lanes);
-      if (kPerToken) {
-        store(row.p.dscale + d, dh_ohat * load(pre_weight + d, lanes), lanes);
-        store(row.p.dgate + d, t_zhat * load(row.p.dact + d, lanes), lanes);
-      }
-      sum_a += kPerToken ? dh_ohat * load(row.p.scale + d, lanes) : dh_ohat;
-      sum_s += dh;
-      sum_g += kPerToken ? t_zhat * load(row.p.act + d, lanes) : t_zhat;
+  struct {
+    Sums<A> rows[kRows];
+    TWOSTEP_INLINE void fold() {
+      for (Sums<A>& s : rows) s.fold();
     }
-    if (kSums) {
-      store(sums.dh_ohat + d, sum_a, lanes);
-      store(sums.dh + d, sum_s, lanes);
-      store(sums.t_zhat + d, sum_g, lanes);
-    }
-  });
-  for (int r = 0; r < kRows; ++r) rows[r].mean_uz = post_norm ? sum_lanes(uz[r]) / static_cast<A>(width) : A{0};
+  } uz;
+  sum_vectors_singly<A>(
+      width,
+      [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
+        Vec<A> sum_a = kSums ? load(sums.dh_ohat + d, lanes) : Vec<A>{};
+        Vec<A> sum_s = kSums ? load(sums.dh + d, lanes) : Vec<A>{};
+        Vec<A> sum_g = kSums ? load(sums.t_zhat + d, lanes) : Vec<A>{};
+        for (int r = 0; r < kRows; ++r) {
+          const BackwardRow<T>& row = rows[r];
+          prefetch(row.next_dh + d);
+          prefetch(row.next_out + d);
+          const Vec<A> dh = load(row.dh + d, lanes);
+          const Vec<A> ohat = (load(row.out + d, lanes) - row.mean) * row.rstd;
+          const Vec<A> g = dh * load(row.p.m + d, lanes);
+          const Vec<A> t = load(row.dout + d, lanes) + row.rstd * (g - row.mean_g - ohat * row.mean_go);
+          const Vec<A> zhat = load(row.z + d, lanes) * row.post_rstd;
+          const Vec<A> dh_ohat = dh * ohat, t_zhat = t * zhat;
+          store(row.dx + d, t, lanes);
+          store(row.t + d, t, lanes);
+          uz.rows[r].slots[slot] += t_zhat * load(row.p.post_m + d, lanes);
+          if (kPerToken) {
+            store(row.p.dscale + d, dh_ohat * load(pre_weight + d, lanes), lanes);
+            store(row.p.dgate + d, t_zhat * load(row.p.dact + d, lanes), lanes);
+          }
+          sum_a += kPerToken ? dh_ohat * load(row.p.scale + d, lanes) : dh_ohat;
+          sum_s += dh;
+          sum_g += kPerToken ? t_zhat * load(row.p.act + d, lanes) : t_zhat;
+        }
+        if (kSums) {
+          store(sums.dh_ohat + d, sum_a, lanes);
+          store(sums.dh + d, sum_s, lanes);
+          store(sums.t_zhat + d, sum_g, lanes);
+        }
+      },
+      uz);
+  for (int r = 0; r < kRows; ++r) rows[r].mean_uz = post_norm ? uz.rows[r].total() / static_cast<A>(width) : A{0};
 }
 
 template <class T>
@@ -221,9 +236,9 @@ class Backward {
 
   void run(const Run& run) {
     if (!kPerToken && run.batch != sample_) modulate(sample_ = run.batch, 0, modulated_[0]);
-    const Accumulators<A> sums = {
-        plane(run, 0, a_.dpre_weight || (a_.dscale && !a_.scale_per_token)), plane(run, 1, a_.dshift),
-        plane(run, 2, a_.dpost_weight || (a_.dgate && !a_.gate_per_token))};
+    const Accumulators<A> sums = {plane(run, 0, a_.dpre_weight || (a_.dscale && !a_.scale_per_token)),
+                                  plane(run, 1, a_.dshift),
+                                  plane(run, 2, a_.dpost_weight || (a_.dgate && !a_.gate_per_token))};
     int64_t l = run.begin;
     for (; l + kGroup <= run.end; l += kGroup) rows<kGroup>(run, l, sums);
     for (; l < run.end; ++l) rows<1>(run, l, sums);
@@ -264,11 +279,24 @@ class Backward {
       const Modulated<A>& p = modulated_[kPerToken ? r : 0];
       if (kPerToken) modulate(b, l + r, p);
       const int64_t next = smaller(l + r + kRows, a_.length - 1), i = first + r;
-      group[r] = {dout(b, l + r), row_of<T>(a_.dh, b, l + r), row_of<T>(a_.out, b, l + r), row_of<T>(a_.z, b, l + r),
-                  dout(b, next),  row_of<T>(a_.dh, b, next),  row_of<T>(a_.out, b, next),  row_of<T>(a_.z, b, next),
-                  layer ? static_cast<const A*>(a_.mean)[i] : A{0}, static_cast<const A*>(a_.rstd)[i],
-                  post_norm ? static_cast<const A*>(a_.post_rstd)[i] : A{1}, A{0}, A{0}, A{0}, p, t_[r],
-                  dx_.row(dx + r * width_, r), dz_.row(dz + r * width_, r)};
+      group[r] = {dout(b, l + r),
+                  row_of<T>(a_.dh, b, l + r),
+                  row_of<T>(a_.out, b, l + r),
+                  row_of<T>(a_.z, b, l + r),
+                  dout(b, next),
+                  row_of<T>(a_.dh, b, next),
+                  row_of<T>(a_.out, b, next),
+                  row_of<T>(a_.z, b, next),
+                  layer ? static_cast<const A*>(a_.mean)[i] : A{0},
+                  static_cast<const A*>(a_.rstd)[i],
+                  post_norm ? static_cast<const A*>(a_.post_rstd)[i] : A{1},
+                  A{0},
+                  A{0},
+                  A{0},
+                  p,
+                  t_[r],
+                  dx_.row(dx + r * width_, r),
+                  dz_.row(dz + r * width_, r)};
       norm_sums(group[r], width_, layer);
     }
     residual_rows<kPerToken, kSums>(group, pre_weight_, sums, width_, post_norm);
@@ -308,8 +336,8 @@ void reduce(const GatedResidualNormModulateBackward& a) {
   reduce_param_grads<A>({sums, a.batch, splits, a.width, a.param_dtype, Modulation::scale, a.pre_weight,
                          a.scale_per_token ? ConstRows{} : a.scale, a.scale_per_token ? nullptr : a.dscale,
                          a.dpre_weight});
-  reduce_param_grads<A>({sums + plane, a.batch, splits, a.width, a.param_dtype, Modulation::scale, nullptr, {},
-                         a.dshift, nullptr});
+  reduce_param_grads<A>(
+      {sums + plane, a.batch, splits, a.width, a.param_dtype, Modulation::scale, nullptr, {}, a.dshift, nullptr});
   reduce_param_grads<A>({sums + 2 * plane, a.batch, splits, a.width, a.param_dtype, modulation_of(a.gate_act),
                          a.post_weight, a.gate_per_token ? ConstRows{} : a.gate, a.gate_per_token ? nullptr : a.dgate,
                          a.dpost_weight});

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
                       const RowPlan plan) {
   const Team<W, V> team(p.width);
   TeamSum sum(team, shared_memory());
-  Inputs<T, W, V, 2> inputs(shared_memory() + TeamSum::bytes, plan.ahead);
+  Inputs<T, W, V, 2> inputs(TeamSum::bytes, plan.ahead);
   const bool post_normed = p.post_norm == Norm::rms, layer = p.norm == Norm::layer;
   const bool per_token = gate.per_token() || scale.per_token() || per_token_rows(p.shift);
   const float inverse_width = 1.f / float(p.width), eps = float(p.eps);
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
 
   const Run run(plan, p.length);
   if (run.b >= p.batch) return;
-  const auto rows = [&](int k, int i) { return row_of<T>(k == 0 ? p.x : p.z, run, i); };
+  const auto tensors = [&](int k) -> const ConstRows& { return k == 0 ? p.x : p.z; };
   const auto gating = [&](int v, int column, int i) {
     gate.template product<W, T>(run.b, run.begin + i, column, c[v]);
   };
@@ -34,34 +34,34 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
     scale.template product<W, T>(run.b, run.begin + i, column, m[v]);
     load_shift<W, T>(p.shift, scale.f32, run.b, run.begin + i, column, s[v]);
   };
-  inputs.open(team, run, rows);
-  for (int i = 0; i < run.count; ++i) {
+  inputs.open(team, run, tensors);
+  int64_t row = run.row(p.length), at = row * p.width;
+  for (int i = 0; i < run.count; ++i, ++row, at += p.width) {
     if (V > 0 && (i == 0 || per_token)) {
       team.columns([&](int v, int column) {
         gating(v, column, i);
         modulation(v, column, i);
       });
     }
-    inputs.next(team, run, i, rows);
-    const int64_t row = run.row(p.length, i);
+    inputs.next(team, run, i, tensors);
     float x[W], z[W], post_rstd = 1.f;
     if (post_normed) {
       float squares[1] = {0.f};
       team.columns([&](int v, int column) {
-        inputs.read(1, v, column, i, rows, z);
+        inputs.read(1, v, column, z);
 #pragma unroll
         for (int e = 0; e < W; ++e) squares[0] += z[e] * z[e];
       });
       sum(team, squares);
       post_rstd = rsqrtf(squares[0] * inverse_width + eps);
     }
-    // The unrounded sum, made again in each phase from the rows at hand.
+    // The sum as it is stored, rounded, made again in each phase from the rows at hand.
     const auto total = [&](int v, int column) {
       if (V == 0) gating(v, column, i);
-      inputs.read(0, v, column, i, rows, x);
-      inputs.read(1, v, column, i, rows, z);
+      inputs.read(0, v, column, x);
+      inputs.read(1, v, column, z);
 #pragma unroll
-      for (int e = 0; e < W; ++e) x[e] += c[v][e] * (z[e] * post_rstd);
+      for (int e = 0; e < W; ++e) x[e] = to_float(from_float<T>(x[e] + c[v][e] * (z[e] * post_rstd)));
     };
     float mean[1] = {0.f}, squares[1] = {0.f};
     if (layer) {
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
     }
     team.columns([&](int v, int column) {
       total(v, column);
-      store<W>(static_cast<T*>(p.out) + row * p.width + column, x);
+      store<W>(static_cast<T*>(p.out) + at + column, x);
 #pragma unroll
       for (int e = 0; e < W; ++e) squares[0] += (x[e] - mean[0]) * (x[e] - mean[0]);
     });
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
       if (V == 0) modulation(v, column, i);
 #pragma unroll
       for (int e = 0; e < W; ++e) x[e] = (x[e] - mean[0]) * rstd * m[v][e] + s[v][e];
-      store<W>(static_cast<T*>(p.h) + row * p.width + column, x);
+      store<W>(static_cast<T*>(p.h) + at + column, x);
     });
     if (team.lane == 0) {
       if (post_normed) __stwb(static_cast<float*>(p.post_rstd) + row, post_rstd);
@@ -100,13 +100,13 @@ template <class T, int W, int V>
 __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_threads)
     seam_backward_rows(const GatedResidualNormModulateBackward p, const Factor<Gate> gate, const Factor<Scale> scale,
                        const RowPlan plan) {
-  enum { dout_, dh_, out_, z_, tensors };
+  enum { dout_, dh_, out_, z_, count_ };
   const Team<W, V> team(p.width);
   TeamSum sum(team, shared_memory());
-  Columns<W, V, 2> factors(shared_memory() + TeamSum::bytes);
-  Inputs<T, W, V, tensors> inputs(after<Columns<W, V, 2>>(shared_memory() + TeamSum::bytes), plan.ahead);
+  using Factors = Columns<W, V, 2>;
+  Factors factors(TeamSum::bytes);
+  Inputs<T, W, V, count_, true> inputs(Factors::end(TeamSum::bytes), plan.ahead);
   const bool post_normed = p.post_norm == Norm::rms, layer = p.norm == Norm::layer;
-  const bool per_token = V == 0 && (gate.per_token() || scale.per_token());
   const bool scale_token_gradient = V == 0 && p.scale_per_token && scale.present();
   const bool gate_token_gradient = V == 0 && p.gate_per_token && gate.present();
   const bool wants_products = p.dpre_weight != nullptr || (p.dscale != nullptr && !p.scale_per_token);
@@ -114,11 +114,10 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
   const float inverse_width = 1.f / float(p.width);
   ColumnSums<W, V> products, gradients, branch;  // A, S, G
 
-  Run run(plan, p.length);
+  const Run run(plan, p.length);
   if (run.b >= p.batch) return;
-  const auto rows = [&](int k, int i) -> const T* {
-    if (k == dout_ && p.dout.data == nullptr) return nullptr;
-    return row_of<T>(k == dout_ ? p.dout : k == dh_ ? p.dh : k == out_ ? p.out : p.z, run, i);
+  const auto tensors = [&](int k) -> const ConstRows& {
+    return k == dout_ ? p.dout : k == dh_ ? p.dh : k == out_ ? p.out : p.z;
   };
   const auto partial = [&](bool wanted, int which) {
     return wanted ? partial_sums(p.partials, which, run, p.batch, p.width) : nullptr;
@@ -140,24 +139,22 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
   products.open(team, partial(wants_products, 0));
   gradients.open(team, partial(p.dshift != nullptr, 1));
   branch.open(team, partial(wants_branch, 2));
-  const int64_t first = run.row(p.length, 0);
-  RowStatistic means(p.mean, first, run, 0.f), rstds(p.rstd, first, run, 1.f), post_rstds(p.post_rstd, first, run, 1.f);
-  inputs.open(team, run, rows);
-  for (int i = 0; i < run.count; ++i) {
-    run.forget();
-    if constexpr (V > 0) {
-      if (i == 0 || per_token) {
-        team.columns([&](int v, int column) {
-          float f[W];
-          scale.template product<W, T>(run.b, run.begin + i, column, f);
-          factors.set(0, v, f);
-          gate.template product<W, T>(run.b, run.begin + i, column, f);
-          factors.set(1, v, f);
-        });
-      }
+  int64_t row = run.row(p.length), at = row * p.width;
+  RowStatistic means(p.mean, row, run, 0.f), rstds(p.rstd, row, run, 1.f), post_rstds(p.post_rstd, row, run, 1.f);
+  inputs.open(team, run, tensors);
+  if constexpr (V > 0) {  // modulation is per sample then
+    if (run.count > 0) {
+      team.columns([&](int v, int column) {
+        float f[W];
+        scale.template product<W, T>(run.b, run.begin, column, f);
+        factors.set(0, v, f);
+        gate.template product<W, T>(run.b, run.begin, column, f);
+        factors.set(1, v, f);
+      });
     }
-    inputs.next(team, run, i, rows);
-    const int64_t row = run.row(p.length, i);
+  }
+  for (int i = 0; i < run.count; ++i, ++row, at += p.width) {
+    inputs.next(team, run, i, tensors);
     const bool more = i + 1 < run.count;
     const float mean = means.take(row, more), rstd = rstds.take(row, more), post_rstd = post_rstds.take(row, more);
 
@@ -165,8 +162,8 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
     team.columns([&](int v, int column) {
       float dh[W], out[W], m[W];
       scaling(v, column, i, m);
-      inputs.read(dh_, v, column, i, rows, dh);
-      inputs.read(out_, v, column, i, rows, out);
+      inputs.read(dh_, v, column, dh);
+      inputs.read(out_, v, column, out);
       gradients.add(v, column, partial(p.dshift != nullptr, 1), dh);
 #pragma unroll
       for (int e = 0; e < W; ++e) {
@@ -175,23 +172,24 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
         along[1] += dh[e] * m[e];
       }
       if (scale_token_gradient) {
-        scale.template token_gradient<W, T>(run.b, run.begin + i, row, column, team.width, p.dscale, out);
+        scale.template token_gradient<W, T>(run.b, run.begin + i, at, column, p.dscale, out);
       }
       products.add(v, column, partial(wants_products, 0), out);
     });
     sum(team, along);
-    const float project = along[0] * inverse_width, centre = layer ? along[1] * inverse_width : 0.f;
-
-    // t, the whole gradient of the residual stream.
+    // t, the whole gradient of the residual stream: dout + rstd * (g - centre - ohat * project), with what is the same
+    // for the row drawn together.
+    const float project = -rstd * rstd * along[0] * inverse_width,
+                centre = layer ? -rstd * along[1] * inverse_width : 0.f;
     const auto stream_gradient = [&](int v, int column, float (&t)[W]) {
       float dh[W], m[W];
       scaling(v, column, i, m);
-      inputs.read(dh_, v, column, i, rows, dh);
-      inputs.read(out_, v, column, i, rows, t);
+      inputs.read(dh_, v, column, dh);
+      inputs.read(out_, v, column, t);
 #pragma unroll
-      for (int e = 0; e < W; ++e) t[e] = rstd * (dh[e] * m[e] - centre - (t[e] - mean) * rstd * project);
+      for (int e = 0; e < W; ++e) t[e] = dh[e] * rstd * m[e] + ((t[e] - mean) * project + centre);
       if (p.dout.data == nullptr) return;
-      inputs.read(dout_, v, column, i, rows, dh);
+      inputs.read(dout_, v, column, dh);
 #pragma unroll
       for (int e = 0; e < W; ++e) t[e] += dh[e];
     };
@@ -200,23 +198,23 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
       float t[W], z[W], c[W];
       stream_gradient(v, column, t);
       if constexpr (V > 0) inputs.keep(dh_, v, t);
-      store<W>(static_cast<T*>(p.dx) + row * p.width + column, t);
+      store<W>(static_cast<T*>(p.dx) + at + column, t);
       gating(v, column, i, c);
-      inputs.read(z_, v, column, i, rows, z);
+      inputs.read(z_, v, column, z);
 #pragma unroll
       for (int e = 0; e < W; ++e) {
         z[e] = t[e] * (z[e] * post_rstd);
         branch_along[0] += z[e] * c[e];
       }
       if (gate_token_gradient) {
-        gate.template token_gradient<W, T>(run.b, run.begin + i, row, column, team.width, p.dgate, z);
+        gate.template token_gradient<W, T>(run.b, run.begin + i, at, column, p.dgate, z);
       }
       branch.add(v, column, partial(wants_branch, 2), z);
     });
     float branch_project = 0.f;
     if (post_normed) {
       sum(team, branch_along);
-      branch_project = branch_along[0] * inverse_width;
+      branch_project = -post_rstd * post_rstd * branch_along[0] * inverse_width;
     }
     team.columns([&](int v, int column) {
       float t[W], z[W], c[W];
@@ -226,10 +224,10 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
         stream_gradient(v, column, t);
       }
       gating(v, column, i, c);
-      inputs.read(z_, v, column, i, rows, z);
+      inputs.read(z_, v, column, z);
 #pragma unroll
-      for (int e = 0; e < W; ++e) z[e] = post_rstd * (t[e] * c[e] - z[e] * post_rstd * branch_project);
-      store<W>(static_cast<T*>(p.dz) + row * p.width + column, z);
+      for (int e = 0; e < W; ++e) z[e] = t[e] * post_rstd * c[e] + z[e] * branch_project;
+      store<W>(static_cast<T*>(p.dz) + at + column, z);
     });
   }
   products.close(team, partial(wants_products, 0));

@@ -6,8 +6,8 @@
 // post_norm is RMS or the identity, norm is RMS or Layer. h is computed from out as it is stored, rounded: the pair
 // gives the bits of the two ops apart, and the statistics that are saved are those of the rows that the backward
 // reads. (Statistics of the unrounded sum would not be: where a row varies little, the difference, a rounding error
-// times rstd, is as large as the gradient.) With dh and dout the incoming gradients, ohat = norm(out), m = pre_weight * (1 + scale),
-// zhat = post_norm(z), a = act(gate):
+// times rstd, is as large as the gradient.) With dh and dout the incoming gradients, ohat = norm(out), m = pre_weight *
+// (1 + scale), zhat = post_norm(z), a = act(gate):
 //   t  = dout + dnorm(dh * m)            the whole gradient that reaches the residual stream
 //   dx = t                               dz = dpost_norm(t * a * post_weight)
 //   A = sum_l dh * ohat, S = sum_l dh    give dscale, dpre_weight, dshift     as in norm_modulate

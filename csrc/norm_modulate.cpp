@@ -31,8 +31,7 @@ template <class T, Norm kNorm>
 void forward(const NormModulateForward& a) {
   using A = Acc<T>;
   const int64_t width = a.width;
-  const bool per_token =
-      (a.scale.data && a.scale.token_stride != 0) || (a.shift.data && a.shift.token_stride != 0);
+  const bool per_token = (a.scale.data && a.scale.token_stride != 0) || (a.shift.data && a.shift.token_stride != 0);
   const Runs runs = short_runs(a.batch, a.length, width);
   parallel(runs.count(), runs.rows * width, [=, &a](int64_t first, int64_t last) {
     Scratch scratch(5, width, sizeof(A));
@@ -69,11 +68,11 @@ void forward(const NormModulateForward& a) {
 template <class T>
 struct BackwardRow {
   const T *dy, *x, *next_dy, *next_x;
-  Acc<T> mean, rstd;        // mean is 0 for rms
-  Acc<T> mean_gx, mean_g;   // mean(g * xhat), mean(g); the latter 0 for rms
-  const Acc<T>* m;          // weight * (1 + scale)
-  const Acc<T>* modulation; // 1 + scale, used where it is per token
-  Acc<T>* dscale;           // where it is per token: dy * xhat * weight
+  Acc<T> mean, rstd;         // mean is 0 for rms
+  Acc<T> mean_gx, mean_g;    // mean(g * xhat), mean(g); the latter 0 for rms
+  const Acc<T>* m;           // weight * (1 + scale)
+  const Acc<T>* modulation;  // 1 + scale, used where it is per token
+  Acc<T>* dscale;            // where it is per token: dy * xhat * weight
   T* dx;
 };
 
@@ -81,11 +80,14 @@ template <class T>
 TWOSTEP_INLINE void backward_sums(BackwardRow<T>& row, int64_t width, bool layer) {
   using A = Acc<T>;
   Sums<A> gx, g;
-  sum_vectors<A>(width, [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
-    const Vec<A> v = load(row.dy + d, lanes) * load(row.m + d, lanes);
-    gx.slots[slot] += v * (load(row.x + d, lanes) - row.mean);
-    g.slots[slot] += v;
-  });
+  sum_vectors<A>(
+      width,
+      [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
+        const Vec<A> v = load(row.dy + d, lanes) * load(row.m + d, lanes);
+        gx.slots[slot] += v * (load(row.x + d, lanes) - row.mean);
+        g.slots[slot] += v;
+      },
+      gx, g);
   row.mean_gx = gx.total() * row.rstd / static_cast<A>(width);
   row.mean_g = layer ? g.total() / static_cast<A>(width) : A{0};
 }
@@ -175,10 +177,18 @@ class Backward {
       const int64_t next = smaller(l + r + kRows, a_.length - 1);
       const int64_t i = first + r;
       const int m = kPerToken ? r : 0;
-      group[r] = {row_of<T>(a_.dy, run.batch, l + r), row_of<T>(a_.x, run.batch, l + r),
-                  row_of<T>(a_.dy, run.batch, next),  row_of<T>(a_.x, run.batch, next),
-                  layer ? static_cast<const A*>(a_.mean)[i] : A{0}, static_cast<const A*>(a_.rstd)[i], A{0}, A{0},
-                  m_[m], modulation_[m], dscale_[r], dx_.row(dx + r * width_, r)};
+      group[r] = {row_of<T>(a_.dy, run.batch, l + r),
+                  row_of<T>(a_.x, run.batch, l + r),
+                  row_of<T>(a_.dy, run.batch, next),
+                  row_of<T>(a_.x, run.batch, next),
+                  layer ? static_cast<const A*>(a_.mean)[i] : A{0},
+                  static_cast<const A*>(a_.rstd)[i],
+                  A{0},
+                  A{0},
+                  m_[m],
+                  modulation_[m],
+                  dscale_[r],
+                  dx_.row(dx + r * width_, r)};
       backward_sums(group[r], width_, layer);
     }
     backward_rows<kPerToken, kSums>(group, weight_, sum_gx, sum_g, width_);
@@ -217,8 +227,8 @@ void reduce(const NormModulateBackward& a) {
   const ConstRows scale = a.scale_per_token ? ConstRows{} : a.scale;
   reduce_param_grads<A>({sum_gx, a.batch, splits, a.width, a.param_dtype, Modulation::scale, a.weight, scale,
                          a.scale_per_token ? nullptr : a.dscale, a.dweight});
-  reduce_param_grads<A>({sum_g, a.batch, splits, a.width, a.param_dtype, Modulation::scale, nullptr, {}, a.dshift,
-                         nullptr});
+  reduce_param_grads<A>(
+      {sum_g, a.batch, splits, a.width, a.param_dtype, Modulation::scale, nullptr, {}, a.dshift, nullptr});
 }
 
 }  // namespace

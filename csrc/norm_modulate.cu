@@ -16,28 +16,29 @@ __global__ void __launch_bounds__(light.max_threads, light.resident / light.max_
     norm_modulate_forward_rows(const NormModulateForward p, const Factor<Scale> scale, const RowPlan plan) {
   const Team<W, V> team(p.width);
   TeamSum sum(team, shared_memory());
-  Inputs<T, W, V, 1> inputs(shared_memory() + TeamSum::bytes, plan.ahead);
+  Inputs<T, W, V, 1> inputs(TeamSum::bytes, plan.ahead);
   const bool layer = p.norm == Norm::layer, per_token = scale.per_token() || per_token_rows(p.shift);
   const float inverse_width = 1.f / float(p.width), eps = float(p.eps);
   float m[team.held][W], s[team.held][W];
 
   const Run run(plan, p.length);
   if (run.b >= p.batch) return;
-  const auto rows = [&](int, int i) { return row_of<T>(p.x, run, i); };
+  const auto tensors = [&](int) -> const ConstRows& { return p.x; };
   const auto modulation = [&](int v, int column, int64_t l) {
     scale.template product<W, T>(run.b, l, column, m[v]);
     load_shift<W, T>(p.shift, scale.f32, run.b, l, column, s[v]);
   };
-  inputs.open(team, run, rows);
-  for (int i = 0; i < run.count; ++i) {
+  inputs.open(team, run, tensors);
+  int64_t row = run.row(p.length), at = row * p.width;
+  for (int i = 0; i < run.count; ++i, ++row, at += p.width) {
     if (V > 0 && (i == 0 || per_token)) {
       team.columns([&](int v, int column) { modulation(v, column, run.begin + i); });
     }
-    inputs.next(team, run, i, rows);
+    inputs.next(team, run, i, tensors);
     float x[W], mean[1] = {0.f}, squares[1] = {0.f};
     if (layer) {
       team.columns([&](int v, int column) {
-        inputs.read(0, v, column, i, rows, x);
+        inputs.read(0, v, column, x);
 #pragma unroll
         for (int e = 0; e < W; ++e) mean[0] += x[e];
       });
@@ -45,19 +46,18 @@ __global__ void __launch_bounds__(light.max_threads, light.resident / light.max_
       mean[0] *= inverse_width;
     }
     team.columns([&](int v, int column) {
-      inputs.read(0, v, column, i, rows, x);
+      inputs.read(0, v, column, x);
 #pragma unroll
       for (int e = 0; e < W; ++e) squares[0] += (x[e] - mean[0]) * (x[e] - mean[0]);
     });
     sum(team, squares);
     const float rstd = rsqrtf(squares[0] * inverse_width + eps);
-    const int64_t row = run.row(p.length, i);
     team.columns([&](int v, int column) {
       if (V == 0) modulation(v, column, run.begin + i);
-      inputs.read(0, v, column, i, rows, x);
+      inputs.read(0, v, column, x);
 #pragma unroll
       for (int e = 0; e < W; ++e) x[e] = (x[e] - mean[0]) * rstd * m[v][e] + s[v][e];
-      store<W>(static_cast<T*>(p.y) + row * p.width + column, x);
+      store<W>(static_cast<T*>(p.y) + at + column, x);
     });
     if (team.lane == 0) {
       if (layer) __stwb(static_cast<float*>(p.mean) + row, mean[0]);
@@ -72,17 +72,18 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
     norm_modulate_backward_rows(const NormModulateBackward p, const Factor<Scale> scale, const RowPlan plan) {
   const Team<W, V> team(p.width);
   TeamSum sum(team, shared_memory());
-  Columns<W, V, 1> factors(shared_memory() + TeamSum::bytes);
-  Inputs<T, W, V, 2> inputs(after<Columns<W, V, 1>>(shared_memory() + TeamSum::bytes), plan.ahead);
+  using Factors = Columns<W, V, 1>;
+  Factors factors(TeamSum::bytes);
+  Inputs<T, W, V, 2> inputs(Factors::end(TeamSum::bytes), plan.ahead);
   const bool layer = p.norm == Norm::layer, per_token = PerToken && scale.per_token();
   const bool token_gradient = PerToken && p.scale_per_token && scale.present();
   const bool wants_products = p.dweight != nullptr || (p.dscale != nullptr && !p.scale_per_token);
   const float inverse_width = 1.f / float(p.width);
   ColumnSums<W, V> products, gradients;
 
-  Run run(plan, p.length);
+  const Run run(plan, p.length);
   if (run.b >= p.batch) return;
-  const auto rows = [&](int k, int i) { return row_of<T>(k == 0 ? p.dy : p.x, run, i); };
+  const auto tensors = [&](int k) -> const ConstRows& { return k == 0 ? p.dy : p.x; };
   const auto partial = [&](bool wanted, int which) {
     return wanted ? partial_sums(p.partials, which, run, p.batch, p.width) : nullptr;
   };
@@ -93,30 +94,31 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
       scale.template product<W, T>(run.b, run.begin + i, column, m);
     }
   };
+  const auto set_factors = [&](int i) {
+    if constexpr (V > 0) {
+      team.columns([&](int v, int column) {
+        float m[W];
+        scale.template product<W, T>(run.b, run.begin + i, column, m);
+        factors.set(0, v, m);
+      });
+    }
+  };
   products.open(team, partial(wants_products, 0));
   gradients.open(team, partial(p.dshift != nullptr, 1));
-  const int64_t first = run.row(p.length, 0);
-  RowStatistic means(p.mean, first, run, 0.f), rstds(p.rstd, first, run, 1.f);
-  inputs.open(team, run, rows);
-  for (int i = 0; i < run.count; ++i) {
-    run.forget();
+  int64_t row = run.row(p.length), at = row * p.width;
+  RowStatistic means(p.mean, row, run, 0.f), rstds(p.rstd, row, run, 1.f);
+  inputs.open(team, run, tensors);
+  if (run.count > 0) set_factors(0);
+  for (int i = 0; i < run.count; ++i, ++row, at += p.width) {
     float dy[W], x[W], m[W], along[2] = {0.f, 0.f};  // sums of g * xhat and of g
-    if constexpr (V > 0) {
-      if (i == 0 || per_token) {
-        team.columns([&](int v, int column) {
-          scale.template product<W, T>(run.b, run.begin + i, column, m);
-          factors.set(0, v, m);
-        });
-      }
-    }
-    inputs.next(team, run, i, rows);
-    const int64_t row = run.row(p.length, i);
+    if (PerToken && i > 0 && per_token) set_factors(i);
+    inputs.next(team, run, i, tensors);
     const bool more = i + 1 < run.count;
     const float mean = means.take(row, more), rstd = rstds.take(row, more);
     team.columns([&](int v, int column) {
       factor(v, column, i, m);
-      inputs.read(0, v, column, i, rows, dy);
-      inputs.read(1, v, column, i, rows, x);
+      inputs.read(0, v, column, dy);
+      inputs.read(1, v, column, x);
       gradients.add(v, column, partial(p.dshift != nullptr, 1), dy);
 #pragma unroll
       for (int e = 0; e < W; ++e) {
@@ -124,20 +126,20 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
         along[0] += x[e] * m[e];
         along[1] += dy[e] * m[e];
       }
-      if (token_gradient) {
-        scale.template token_gradient<W, T>(run.b, run.begin + i, row, column, team.width, p.dscale, x);
-      }
+      if (token_gradient) scale.template token_gradient<W, T>(run.b, run.begin + i, at, column, p.dscale, x);
       products.add(v, column, partial(wants_products, 0), x);
     });
     sum(team, along);
-    const float project = along[0] * inverse_width, centre = layer ? along[1] * inverse_width : 0.f;
+    // rstd * (g - centre - xhat * project), with what is the same for the row drawn together.
+    const float project = -rstd * rstd * along[0] * inverse_width,
+                centre = layer ? -rstd * along[1] * inverse_width : 0.f;
     team.columns([&](int v, int column) {
       factor(v, column, i, m);
-      inputs.read(0, v, column, i, rows, dy);
-      inputs.read(1, v, column, i, rows, x);
+      inputs.read(0, v, column, dy);
+      inputs.read(1, v, column, x);
 #pragma unroll
-      for (int e = 0; e < W; ++e) x[e] = rstd * (dy[e] * m[e] - centre - (x[e] - mean) * rstd * project);
-      store<W>(static_cast<T*>(p.dx) + row * p.width + column, x);
+      for (int e = 0; e < W; ++e) x[e] = dy[e] * rstd * m[e] + ((x[e] - mean) * project + centre);
+      store<W>(static_cast<T*>(p.dx) + at + column, x);
     });
   }
   products.close(team, partial(wants_products, 0));
@@ -178,13 +180,15 @@ cudaError_t norm_modulate_backward(const NormModulateBackward& p, cudaStream_t s
     using T = decltype(element);
     constexpr int W = decltype(w)::value, V = decltype(v)::value;
     if constexpr (V > 0) {
-      if (!p.scale_per_token) return launch<norm_modulate_backward_rows<T, W, V, false>>(to.grid, stream, p, scale, to.plan);
+      if (!p.scale_per_token)
+        return launch<norm_modulate_backward_rows<T, W, V, false>>(to.grid, stream, p, scale, to.plan);
     }
     return launch<norm_modulate_backward_rows<T, W, V, true>>(to.grid, stream, p, scale, to.plan);
   });
   if (error != cudaSuccess || p.partials.data == nullptr) return error;
   const auto of_scale = scale_gradients(p.scale, p.scale_per_token, p.weight, p.dscale, p.dweight);
-  return sum_columns(p.param_dtype, p.batch, p.width, p.partials, {of_scale, plain_gradients(p.dshift, nullptr)}, stream);
+  return sum_columns(p.param_dtype, p.batch, p.width, p.partials, {of_scale, plain_gradients(p.dshift, nullptr)},
+                     stream);
 }
 
 }  // namespace twostep::cuda

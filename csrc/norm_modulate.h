@@ -41,10 +41,10 @@ struct NormModulateBackward {
   ConstRows scale;     // absent, per sample or per token
   const void* mean;    // null for rms
   const void* rstd;
-  void* dx;            // [batch, length, width], contiguous
-  void* dweight;       // [width], or null where not wanted
-  void* dscale;        // [batch, width], or [batch, length, width] where scale_per_token; null where not wanted
-  void* dshift;        // [batch, width] (a per-sample shift); null where not wanted or per token
+  void* dx;       // [batch, length, width], contiguous
+  void* dweight;  // [width], or null where not wanted
+  void* dscale;   // [batch, width], or [batch, length, width] where scale_per_token; null where not wanted
+  void* dshift;   // [batch, width] (a per-sample shift); null where not wanted or per token
   // [2][batch, splits, width]: A, then S. A is written where dweight or a per-sample dscale is wanted, S where
   // dshift is. Null where none of the three is.
   Partials partials;

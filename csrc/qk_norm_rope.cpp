@@ -19,9 +19,10 @@ TWOSTEP_INLINE Acc<T> head_rstd(const T* x, int64_t width, double eps) {
 }
 
 template <class T>
-TWOSTEP_INLINE void forward_head(const T* x, Acc<T> rstd, const Acc<T>* weight, const Rotation<Acc<T>>& rotation,
-                                 int64_t width, T* y) {
+TWOSTEP_INLINE void forward_head(const T* x, const T* ahead, Acc<T> rstd, const Acc<T>* weight,
+                                 const Rotation<Acc<T>>& rotation, int64_t width, T* y) {
   for_vectors<Acc<T>>(width, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
+    prefetch(ahead + d);
     store(y + d, rotation.rotate(load(x + d, lanes) * rstd * load(weight + d, lanes), d, lanes), lanes);
   });
 }
@@ -30,14 +31,15 @@ TWOSTEP_INLINE void forward_head(const T* x, Acc<T> rstd, const Acc<T>* weight, 
 // product to 1 / sqrt is hidden.
 constexpr int kHeadBlock = 8;
 template <class T>
-TWOSTEP_INLINE void forward_token(const T* x, int64_t head_stride, int64_t heads, const Acc<T>* weight,
+TWOSTEP_INLINE void forward_token(const T* x, const T* next_x, int64_t head_stride, int64_t heads, const Acc<T>* weight,
                                   const Rotation<Acc<T>>& rotation, int64_t width, double eps, T* y) {
   Acc<T> rstd[kHeadBlock];
   for (int64_t first = 0; first < heads; first += kHeadBlock) {
     const int64_t n = smaller(kHeadBlock, heads - first);
     for (int64_t i = 0; i < n; ++i) rstd[i] = head_rstd(x + (first + i) * head_stride, width, eps);
     for (int64_t i = 0; i < n; ++i) {
-      forward_head(x + (first + i) * head_stride, rstd[i], weight, rotation, width, y + (first + i) * width);
+      const int64_t h = first + i;
+      forward_head(x + h * head_stride, next_x + h * head_stride, rstd[i], weight, rotation, width, y + h * width);
     }
   }
 }
@@ -58,8 +60,15 @@ void forward(const QkNormRopeForward& a) {
     load_weight(a.param_dtype, a.k_weight, 0, width, k_weight);
     const auto token = [&](const ConstHeads& x, const A* weight, const Output<T>& out, void* y, int64_t b, int64_t l) {
       T* destination = static_cast<T*>(y) + (b * a.length + l) * x.heads * width;
-      forward_token(head_of<T>(x, b, l, 0), x.head_stride, x.heads, weight, rotation, width, a.eps,
-                    out.row(destination));
+      const T* heads = head_of<T>(x, b, l, 0);
+      const T* next = head_of<T>(x, b, smaller(l + 1, a.length - 1), 0);  // asked for a token ahead
+      T* row = out.row(destination);
+      // 128, the width of every model we know, as a constant: the loops unroll and a head stays in registers.
+      if (width == 128) {
+        forward_token(heads, next, x.head_stride, x.heads, weight, rotation, 128, a.eps, row);
+      } else {
+        forward_token(heads, next, x.head_stride, x.heads, weight, rotation, width, a.eps, row);
+      }
       out.done(destination, x.heads * width);
     };
     for (int64_t i = first; i < last; ++i) {
@@ -75,20 +84,26 @@ void forward(const QkNormRopeForward& a) {
 
 // dx of one head; its dn * xhat is added to sum_dn where that is not null. dn is a scratch row.
 template <bool kSums, class T>
-TWOSTEP_INLINE void backward_head(const T* dy, const T* x, const Acc<T>* weight, const Rotation<Acc<T>>& inverse,
-                                  int64_t width, double eps, Acc<T>* dn, Acc<T>* sum_dn, T* dx) {
+TWOSTEP_INLINE void backward_head(const T* dy, const T* x, const T* next_dy, const T* next_x, const Acc<T>* weight,
+                                  const Rotation<Acc<T>>& inverse, int64_t width, double eps, Acc<T>* dn,
+                                  Acc<T>* sum_dn, T* dx) {
   using A = Acc<T>;
   Sums<A> xx, gx;
-  sum_vectors<A>(width, [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
-    const Vec<A> v = load(x + d, lanes);
-    const Vec<A> n = inverse.rotate(load(dy + d, lanes), d, lanes);
-    store(dn + d, n, lanes);
-    xx.slots[slot] += v * v;
-    gx.slots[slot] += n * load(weight + d, lanes) * v;
-  });
+  sum_vectors<A>(
+      width,
+      [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
+        const Vec<A> v = load(x + d, lanes);
+        const Vec<A> n = inverse.rotate(load(dy + d, lanes), d, lanes);
+        store(dn + d, n, lanes);
+        xx.slots[slot] += v * v;
+        gx.slots[slot] += n * load(weight + d, lanes) * v;
+      },
+      xx, gx);
   const A rstd = 1 / square_root(xx.total() / static_cast<A>(width) + static_cast<A>(eps));
   const A mean_gx = gx.total() * rstd / static_cast<A>(width);
   for_vectors<A>(width, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
+    prefetch(next_dy + d);
+    prefetch(next_x + d);
     const Vec<A> n = load(dn + d, lanes);
     const Vec<A> xhat = load(x + d, lanes) * rstd;
     if (kSums) store(sum_dn + d, load(sum_dn + d, lanes) + n * xhat, lanes);
@@ -100,8 +115,8 @@ template <class T, bool kSums>
 void backward(const QkNormRopeBackward& a) {
   using A = Acc<T>;
   const int64_t width = a.width, q_token = a.q.heads * width, k_token = a.k.heads * width;
-  const Runs runs = kSums ? split_runs(a.batch, a.length, a.partials.splits)
-                          : short_runs(a.batch, a.length, q_token + k_token);
+  const Runs runs =
+      kSums ? split_runs(a.batch, a.length, a.partials.splits) : short_runs(a.batch, a.length, q_token + k_token);
   parallel(runs.count(), runs.rows * (q_token + k_token), [=, &a](int64_t first, int64_t last) {
     Scratch scratch(6 + a.q.heads + a.k.heads, width, sizeof(A));
     Rotation<A> inverse(scratch, width);
@@ -124,9 +139,17 @@ void backward(const QkNormRopeBackward& a) {
                            A* sum_dn, int64_t b, int64_t l) {
       T* destination = static_cast<T*>(dx) + (b * a.length + l) * x.heads * width;
       T* row = out.row(destination);
+      const int64_t next = smaller(l + 1, a.length - 1);  // asked for a token ahead
       for (int64_t h = 0; h < x.heads; ++h) {
-        backward_head<kSums>(head_of<T>(dy, b, l, h), head_of<T>(x, b, l, h), weight, inverse, width, a.eps, dn, sum_dn,
-                             row + h * width);
+        const T *dy_head = head_of<T>(dy, b, l, h), *x_head = head_of<T>(x, b, l, h);
+        const T *next_dy = head_of<T>(dy, b, next, h), *next_x = head_of<T>(x, b, next, h);
+        if (width == 128) {
+          backward_head<kSums>(dy_head, x_head, next_dy, next_x, weight, inverse, 128, a.eps, dn, sum_dn,
+                               row + h * 128);
+        } else {
+          backward_head<kSums>(dy_head, x_head, next_dy, next_x, weight, inverse, width, a.eps, dn, sum_dn,
+                               row + h * width);
+        }
       }
       out.done(destination, x.heads * width);
     };
@@ -149,10 +172,10 @@ void reduce(const QkNormRopeBackward& a) {
   const A* q_sums = static_cast<const A*>(a.partials.data);
   const A* k_sums = q_sums + a.batch * splits * a.width;
   // No modulation: dweight = sum_b P[b].
-  reduce_param_grads<A>({q_sums, a.batch, splits, a.width, a.param_dtype, Modulation::scale, nullptr, {}, nullptr,
-                         a.dq_weight});
-  reduce_param_grads<A>({k_sums, a.batch, splits, a.width, a.param_dtype, Modulation::scale, nullptr, {}, nullptr,
-                         a.dk_weight});
+  reduce_param_grads<A>(
+      {q_sums, a.batch, splits, a.width, a.param_dtype, Modulation::scale, nullptr, {}, nullptr, a.dq_weight});
+  reduce_param_grads<A>(
+      {k_sums, a.batch, splits, a.width, a.param_dtype, Modulation::scale, nullptr, {}, nullptr, a.dk_weight});
 }
 
 }  // namespace

@@ -10,20 +10,27 @@
 namespace twostep::cuda {
 namespace {
 
-constexpr int in_flight = 4;           // vectors a thread loads at once: 64 bytes, 64 KB a multiprocessor
-constexpr int in_flight_backward = 2;  // two tensors each: the same bytes
+constexpr int in_flight = 4;            // vectors a thread loads at once: 64 bytes, 64 KB a multiprocessor
+constexpr int in_flight_backward = 2;   // two tensors each: the same bytes
+constexpr int resident_backward = 768;  // 80 registers a thread
 
-// One of q and k. Members are selected one by one: a kernel's parameters must not be indexed at run time, or the
-// compiler would copy them to local memory.
-__device__ inline ConstHeads pick(bool second, const ConstHeads& a, const ConstHeads& b) {
-  ConstHeads chosen;
-  chosen.data = second ? b.data : a.data;
-  chosen.heads = second ? b.heads : a.heads;
-  chosen.batch_stride = second ? b.batch_stride : a.batch_stride;
-  chosen.token_stride = second ? b.token_stride : a.token_stride;
-  chosen.head_stride = second ? b.head_stride : a.head_stride;
-  return chosen;
-}
+// q or k. A block indexes its side of a __grid_constant__ parameter, which stays in constant memory: chosen by value,
+// six strides would fill registers.
+struct Side {
+  ConstHeads gradient, x;  // gradient in the backward only
+  const void* weight;
+  void* out;
+  bool wants_sum;
+};
+
+struct Sides {
+  Side of[2];
+  bool f32;  // the weights' dtype
+  float eps;
+  int64_t batch, length, width;
+  ConstRows freqs;
+  float* partials;
+};
 
 template <int W, class T>
 __device__ inline void weights_of(const void* weight, bool f32, int column, float (&out)[W]) {
@@ -37,25 +44,22 @@ __device__ inline void weights_of(const void* weight, bool f32, int column, floa
 
 template <class T, int W, int V>
 __global__ void __launch_bounds__(heads_block, heads_resident / heads_block)
-    qk_norm_rope_forward_heads(const QkNormRopeForward p, const HeadPlan plan) {
+    qk_norm_rope_forward_heads(const __grid_constant__ Sides p, const HeadPlan plan) {
   const Team<W, V> team(p.width);
-  const bool second = blockIdx.x & 1;
-  const HeadRun run(plan, blockIdx.x >> 1, p.length);
-  const ConstHeads x = pick(second, p.q, p.k);
-  const void* weight = second ? p.k_weight : p.q_weight;
-  T* const out = static_cast<T*>(second ? p.k_out : p.q_out);
-  const bool f32 = p.param_dtype == Dtype::f32;
-  const float inverse_width = 1.f / float(p.width), eps = float(p.eps);
+  const Side& side = p.of[blockIdx.x & 1];
+  HeadRun run(plan, blockIdx.x >> 1, p.length);
+  const float inverse_width = 1.f / float(p.width);
   constexpr int flight = heads_in_flight<in_flight, V>;
-  const int heads = int(x.heads);
+  const int heads = int(side.x.heads);
   float weights[team.held][W], turns[team.held][W];
-  if (V > 0) team.columns([&](int v, int column) { weights_of<W, T>(weight, f32, column, weights[v]); });
+  if (V > 0) team.columns([&](int v, int column) { weights_of<W, T>(side.weight, p.f32, column, weights[v]); });
 
   for (int i = run.token; i < run.count; i += plan.token_slots) {
+    run.forget();
     const int64_t l = run.begin + i;
     const float* freqs = frequencies_of(p.freqs, run.b, l);
-    const T* from = heads_of<T>(x, run.b, l);
-    T* const to = out + (run.b * p.length + l) * (heads * p.width);
+    const T* from = heads_of<T>(side.x, run.b, l);
+    T* const to = static_cast<T*>(side.out) + (run.b * p.length + l) * (heads * p.width);
     if (V > 0) team.columns([&](int v, int column) { load<W>(freqs + column, turns[v]); });
     for (int first = run.head; first < heads; first += flight * plan.head_slots) {
       Head<T, W, V> held[flight];
@@ -63,7 +67,7 @@ __global__ void __launch_bounds__(heads_block, heads_resident / heads_block)
 #pragma unroll
       for (int n = 0; n < flight; ++n) {
         const int h = first + n * plan.head_slots;
-        if (h < heads) held[n].fetch(team, from + h * x.head_stride);
+        if (h < heads) held[n].fetch(team, from + h * side.x.head_stride);
       }
 #pragma unroll
       for (int n = 0; n < flight; ++n) {
@@ -80,11 +84,11 @@ __global__ void __launch_bounds__(heads_block, heads_resident / heads_block)
       for (int n = 0; n < flight; ++n) {
         const int h = first + n * plan.head_slots;
         if (h >= heads) continue;
-        const float rstd = rsqrtf(squares[n] * inverse_width + eps);
+        const float rstd = rsqrtf(squares[n] * inverse_width + p.eps);
         T* y = to + h * team.width;
         team.columns([&](int v, int column) {
           float y_[W];
-          if (V == 0) weights_of<W, T>(weight, f32, column, weights[v]);
+          if (V == 0) weights_of<W, T>(side.weight, p.f32, column, weights[v]);
           if (V == 0) load<W>(freqs + column, turns[v]);
           held[n].read(v, column, y_);
 #pragma unroll
@@ -104,52 +108,32 @@ __device__ inline void add_shared(float* sums, const float (&x)[W]) {
   for (int e = 0; e < W; ++e) shared_store(sums + e, shared_load(sums + e) + x[e]);
 }
 
-template <int W>
-__device__ inline void load_shared(const float* from, float (&out)[W]) {
-  if constexpr (W % 4 == 0) {
-#pragma unroll
-    for (int e = 0; e < W; e += 4) decode<float>(shared_load(reinterpret_cast<const uint4*>(from + e)), out + e);
-  } else {
-#pragma unroll
-    for (int e = 0; e < W; ++e) out[e] = shared_load(from + e);
-  }
-}
-
-// The weight waits in shared memory: registers hold two tensors' heads, the frequencies and the column sums.
 template <class T, int W, int V>
-__global__ void __launch_bounds__(heads_block, heads_resident / heads_block)
-    qk_norm_rope_backward_heads(const QkNormRopeBackward p, const HeadPlan plan) {
+__global__ void __launch_bounds__(heads_block, resident_backward / heads_block)
+    qk_norm_rope_backward_heads(const __grid_constant__ Sides p, const HeadPlan plan) {
   const Team<W, V> team(p.width);
-  const bool second = blockIdx.x & 1;
+  const Side& side = p.of[blockIdx.x & 1];
   HeadRun run(plan, blockIdx.x >> 1, p.length);
-  const ConstHeads gradient = pick(second, p.dq_out, p.dk_out), x = pick(second, p.q, p.k);
-  const void* weight = second ? p.k_weight : p.q_weight;
-  T* const out = static_cast<T*>(second ? p.dk : p.dq);
-  const bool f32 = p.param_dtype == Dtype::f32, wanted = second ? p.dk_weight != nullptr : p.dq_weight != nullptr;
-  const float inverse_width = 1.f / float(p.width), eps = float(p.eps);
+  const float inverse_width = 1.f / float(p.width);
   float* const lines = reinterpret_cast<float*>(shared_memory());
   float* const line = lines + int(threadIdx.y) * team.width;
   constexpr int flight = heads_in_flight<in_flight_backward, V>;
-  const int heads = int(x.heads);
-  float turns[team.held][W], sums[team.held][W] = {};
-  float* const weights = lines + int(blockDim.y) * team.width;
-  team.columns([&](int, int column) {
-    float w[W];
-    weights_of<W, T>(weight, f32, column, w);
+  const int heads = int(side.x.heads);
+  float weights[team.held][W], turns[team.held][W], sums[team.held][W] = {};
+  if (V > 0) team.columns([&](int v, int column) { weights_of<W, T>(side.weight, p.f32, column, weights[v]); });
+  if (V == 0) {
+    team.columns([&](int, int column) {
 #pragma unroll
-    for (int e = 0; e < W; ++e) {
-      shared_store(line + column + e, 0.f);
-      if (threadIdx.y == 0) shared_store(weights + column + e, w[e]);
-    }
-  });
-  __syncthreads();
+      for (int e = 0; e < W; ++e) shared_store(line + column + e, 0.f);
+    });
+  }
 
   for (int i = run.token; i < run.count; i += plan.token_slots) {
     run.forget();
     const int64_t l = run.begin + i;
     const float* freqs = frequencies_of(p.freqs, run.b, l);
-    const T *from_gradient = heads_of<T>(gradient, run.b, l), *from = heads_of<T>(x, run.b, l);
-    T* const to = out + (run.b * p.length + l) * (heads * p.width);
+    const T *from_gradient = heads_of<T>(side.gradient, run.b, l), *from = heads_of<T>(side.x, run.b, l);
+    T* const to = static_cast<T*>(side.out) + (run.b * p.length + l) * (heads * p.width);
     if (V > 0) team.columns([&](int v, int column) { load<W>(freqs + column, turns[v]); });
     for (int first = run.head; first < heads; first += flight * plan.head_slots) {
       Head<T, W, V> dys[flight], xs[flight];
@@ -158,11 +142,12 @@ __global__ void __launch_bounds__(heads_block, heads_resident / heads_block)
       for (int n = 0; n < flight; ++n) {
         const int h = first + n * plan.head_slots;
         if (h >= heads) continue;
-        dys[n].fetch(team, from_gradient + h * gradient.head_stride);
-        xs[n].fetch(team, from + h * x.head_stride);
+        dys[n].fetch(team, from_gradient + h * side.gradient.head_stride);
+        xs[n].fetch(team, from + h * side.x.head_stride);
       }
       // dn, the incoming gradient turned back.
       const auto turned_back = [&](int n, int v, int column, float (&dn)[W], float (&x_)[W]) {
+        if (V == 0) weights_of<W, T>(side.weight, p.f32, column, weights[v]);
         if (V == 0) load<W>(freqs + column, turns[v]);
         dys[n].read(v, column, dn);
         turn(turns[v], -1.f, dn);
@@ -172,13 +157,12 @@ __global__ void __launch_bounds__(heads_block, heads_resident / heads_block)
       for (int n = 0; n < flight; ++n) {
         if (first + n * plan.head_slots >= heads) continue;
         team.columns([&](int v, int column) {
-          float dn[W], x_[W], w[W];
+          float dn[W], x_[W];
           turned_back(n, v, column, dn, x_);
-          load_shared(weights + column, w);
 #pragma unroll
           for (int e = 0; e < W; ++e) {
             along[2 * n] += x_[e] * x_[e];
-            along[2 * n + 1] += dn[e] * w[e] * x_[e];
+            along[2 * n + 1] += dn[e] * weights[v][e] * x_[e];
           }
         });
       }
@@ -187,17 +171,16 @@ __global__ void __launch_bounds__(heads_block, heads_resident / heads_block)
       for (int n = 0; n < flight; ++n) {
         const int h = first + n * plan.head_slots;
         if (h >= heads) continue;
-        const float rstd = rsqrtf(along[2 * n] * inverse_width + eps);
+        const float rstd = rsqrtf(along[2 * n] * inverse_width + p.eps);
         const float project = along[2 * n + 1] * rstd * inverse_width;
         T* dx = to + h * team.width;
         team.columns([&](int v, int column) {
-          float dn[W], x_[W], w[W];
+          float dn[W], x_[W];
           turned_back(n, v, column, dn, x_);
-          load_shared(weights + column, w);
 #pragma unroll
           for (int e = 0; e < W; ++e) {
             const float xhat = x_[e] * rstd;
-            x_[e] = rstd * (dn[e] * w[e] - xhat * project);
+            x_[e] = rstd * (dn[e] * weights[v][e] - xhat * project);
             dn[e] *= xhat;
             if (V > 0) sums[v][e] += dn[e];
           }
@@ -207,12 +190,17 @@ __global__ void __launch_bounds__(heads_block, heads_resident / heads_block)
       }
     }
   }
-  if (!wanted) return;  // the same for the whole block
-  if (V > 0) team.columns([&](int v, int column) { add_shared(line + column, sums[v]); });
+  if (!side.wants_sum) return;  // the same for the whole block
+  if (V > 0) {
+    team.columns([&](int v, int column) {
+#pragma unroll
+      for (int e = 0; e < W; ++e) shared_store(line + column + e, sums[v][e]);
+    });
+  }
   __syncthreads();
   // Runs are numbered through the batch, as blocks are.
-  const int64_t row = second * p.batch * p.partials.splits + (blockIdx.x >> 1);
-  float* const partial = static_cast<float*>(p.partials.data) + row * p.width;
+  const int64_t row = (blockIdx.x & 1) * p.batch * plan.runs + (blockIdx.x >> 1);
+  float* const partial = p.partials + row * p.width;
   for (int column = int(threadIdx.y * blockDim.x + threadIdx.x); column < team.width;
        column += int(blockDim.x * blockDim.y)) {
     float total = 0.f;
@@ -235,11 +223,14 @@ cudaError_t qk_norm_rope_forward(const QkNormRopeForward& p, cudaStream_t stream
   Alignment aligned(Dtype::f32);
   aligned.heads(p.q, bytes).heads(p.k, bytes).parameter(p.freqs);
   aligned.pointer(p.q_weight).pointer(p.k_weight).pointer(p.q_out).pointer(p.k_out);
-  const HeadProblem problem{p.batch, p.length, p.width, heads, 2, bool(aligned), in_flight, false, 0};
+  const Side q{{}, p.q, p.q_weight, p.q_out, false}, k{{}, p.k, p.k_weight, p.k_out, false};
+  const bool f32 = p.param_dtype == Dtype::f32;
+  const Sides sides{{q, k}, f32, float(p.eps), p.batch, p.length, p.width, p.freqs, nullptr};
+  const HeadProblem problem{p.batch, p.length, p.width, heads, 2, bool(aligned), in_flight};
   return launch_heads(p.dtype, problem, [&](auto element, auto w, auto v, const HeadLaunch& to) {
     using T = decltype(element);
     constexpr int W = decltype(w)::value, V = decltype(v)::value;
-    return launch<qk_norm_rope_forward_heads<T, W, V>>(to.grid, stream, p, to.plan);
+    return launch<qk_norm_rope_forward_heads<T, W, V>>(to.grid, stream, sides, to.plan);
   });
 }
 
@@ -253,15 +244,24 @@ cudaError_t qk_norm_rope_backward(const QkNormRopeBackward& p, cudaStream_t stre
   Alignment aligned(Dtype::f32);
   aligned.heads(p.dq_out, bytes).heads(p.dk_out, bytes).heads(p.q, bytes).heads(p.k, bytes).parameter(p.freqs);
   aligned.pointer(p.q_weight).pointer(p.k_weight).pointer(p.dq).pointer(p.dk);
-  const int64_t runs = p.partials.data == nullptr ? 0 : p.partials.splits;
-  const HeadProblem problem{p.batch, p.length, p.width, heads, 2, bool(aligned), in_flight_backward, true, runs};
+  const Side q{p.dq_out, p.q, p.q_weight, p.dq, p.dq_weight != nullptr};
+  const Side k{p.dk_out, p.k, p.k_weight, p.dk, p.dk_weight != nullptr};
+  const bool f32 = p.param_dtype == Dtype::f32;
+  float* const sums = static_cast<float*>(p.partials.data);
+  const Sides sides{{q, k}, f32, float(p.eps), p.batch, p.length, p.width, p.freqs, sums};
+  HeadProblem problem{p.batch, p.length, p.width, heads, 2, bool(aligned), in_flight_backward};
+  problem.resident = resident_backward;
+  problem.lines = true;
+  if (sums != nullptr) problem.most_runs = p.partials.splits;
+  Partials partials = p.partials;
   const cudaError_t error = launch_heads(p.dtype, problem, [&](auto element, auto w, auto v, const HeadLaunch& to) {
     using T = decltype(element);
     constexpr int W = decltype(w)::value, V = decltype(v)::value;
-    return launch<qk_norm_rope_backward_heads<T, W, V>>(to.grid, stream, p, to.plan);
+    partials.splits = to.plan.runs;  // no more than there is room for, where fewer fill the device
+    return launch<qk_norm_rope_backward_heads<T, W, V>>(to.grid, stream, sides, to.plan);
   });
-  if (error != cudaSuccess || p.partials.data == nullptr) return error;
-  return sum_columns(p.param_dtype, p.batch, p.width, p.partials,
+  if (error != cudaSuccess || sums == nullptr) return error;
+  return sum_columns(p.param_dtype, p.batch, p.width, partials,
                      {plain_gradients(nullptr, p.dq_weight), plain_gradients(nullptr, p.dk_weight)}, stream);
 }
 

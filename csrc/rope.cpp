@@ -11,8 +11,9 @@ namespace twostep::cpu::TWOSTEP_ISA {
 namespace {
 
 template <class T>
-TWOSTEP_INLINE void rotate_head(const T* x, const Rotation<Acc<T>>& rotation, int64_t width, T* y) {
+TWOSTEP_INLINE void rotate_head(const T* x, const T* next_x, const Rotation<Acc<T>>& rotation, int64_t width, T* y) {
   for_vectors<Acc<T>>(width, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
+    prefetch(next_x + d);
     store(y + d, rotation.rotate(load(x + d, lanes), d, lanes), lanes);
   });
 }
@@ -32,8 +33,10 @@ void rotate_all(const Rope& a) {
         rotation.spread(row_of<A>(a.freqs, run.batch, l), width, a.inverse);
         T* destination = static_cast<T*>(a.y) + (run.batch * a.length + l) * token;
         T* y = output.row(destination);
+        const int64_t next = smaller(l + 1, a.length - 1);
         for (int64_t h = 0; h < a.x.heads; ++h) {
-          rotate_head(head_of<T>(a.x, run.batch, l, h), rotation, width, y + h * width);
+          rotate_head(head_of<T>(a.x, run.batch, l, h), head_of<T>(a.x, run.batch, next, h), rotation, width,
+                      y + h * width);
         }
         output.done(destination, token);
       }

@@ -50,11 +50,12 @@ __global__ void __launch_bounds__(heads_block, heads_resident / heads_block)
 }  // namespace
 
 cudaError_t rope(const Rope& p, cudaStream_t stream) {
-  if (p.dtype == Dtype::f64 || p.width < 2 || p.width % 2 != 0 || p.width > max_head_width) return cudaErrorNotSupported;
+  if (p.dtype == Dtype::f64 || p.width < 2 || p.width % 2 != 0 || p.width > max_head_width)
+    return cudaErrorNotSupported;
   if (p.batch == 0 || p.length == 0 || p.x.heads == 0) return cudaSuccess;
   Alignment aligned(Dtype::f32);
   aligned.heads(p.x, bytes_of(p.dtype)).parameter(p.freqs).pointer(p.y);
-  const HeadProblem problem{p.batch, p.length, p.width, p.x.heads, 1, bool(aligned), in_flight, false, 0};
+  const HeadProblem problem{p.batch, p.length, p.width, p.x.heads, 1, bool(aligned), in_flight};
   return launch_heads(p.dtype, problem, [&](auto element, auto w, auto v, const HeadLaunch& to) {
     return launch<rope_heads<decltype(element), decltype(w)::value, decltype(v)::value>>(to.grid, stream, p, to.plan);
   });

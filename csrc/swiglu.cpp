@@ -28,6 +28,8 @@ template <class T>
 TWOSTEP_INLINE void forward_piece(const T* gate, const T* up, int64_t n, T* y) {
   using A = Acc<T>;
   for_vectors<A>(n, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
+    prefetch_ahead(gate + d);
+    prefetch_ahead(up + d);
     const Vec<A> g = load(gate + d, lanes);
     store(y + d, g * sigmoid(g) * load(up + d, lanes), lanes);
   });
@@ -52,6 +54,9 @@ template <class T>
 TWOSTEP_INLINE void backward_piece(const T* dy, const T* gate, const T* up, int64_t n, T* dgate, T* dup) {
   using A = Acc<T>;
   for_vectors<A>(n, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
+    prefetch_ahead(dy + d);
+    prefetch_ahead(gate + d);
+    prefetch_ahead(up + d);
     const Vec<A> g = load(gate + d, lanes);
     const Vec<A> s = sigmoid(g);
     const Vec<A> dy_s = load(dy + d, lanes) * s;

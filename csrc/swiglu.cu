@@ -141,8 +141,8 @@ cudaError_t swiglu_forward(const SwigluForward& p, cudaStream_t stream) {
   }
   return launch_pieces(p.dtype, p.batch, p.length, p.width, bool(joins), bool(aligned),
                        [&](auto element, auto w, const auto& plan) {
-                         return launch<swiglu_forward_rows<decltype(element), decltype(w)::value>>(
-                             plan.second, stream, p, y, plan.first);
+                         return launch<swiglu_forward_rows<decltype(element), decltype(w)::value>>(plan.second, stream,
+                                                                                                   p, y, plan.first);
                        });
 }
 
@@ -157,11 +157,10 @@ cudaError_t swiglu_backward(const SwigluBackward& p, cudaStream_t stream) {
   } else {
     aligned.rows(p.dy, bytes).rows(p.gate, bytes).rows(p.up, bytes).rows(p.dgate, bytes).rows(p.dup, bytes);
   }
-  return launch_pieces(p.dtype, p.batch, p.length, p.width, bool(joins), bool(aligned),
-                       [&](auto element, auto w, const auto& plan) {
-                         return launch<swiglu_backward_rows<decltype(element), decltype(w)::value>>(plan.second, stream,
-                                                                                                   p, plan.first);
-                       });
+  return launch_pieces(
+      p.dtype, p.batch, p.length, p.width, bool(joins), bool(aligned), [&](auto element, auto w, const auto& plan) {
+        return launch<swiglu_backward_rows<decltype(element), decltype(w)::value>>(plan.second, stream, p, plan.first);
+      });
 }
 
 }  // namespace twostep::cuda

@@ -12,31 +12,31 @@
 
 namespace twostep::cpu {
 
-#define TWOSTEP_DECLARE(isa)                                                                       \
-  namespace isa {                                                                                  \
-  void norm_modulate_forward(const NormModulateForward&);                                          \
-  void norm_modulate_backward(const NormModulateBackward&);                                        \
-  void gated_residual_forward(const GatedResidualForward&);                                        \
-  void gated_residual_backward(const GatedResidualBackward&);                                      \
-  void gated_residual_norm_modulate_forward(const GatedResidualNormModulateForward&);              \
-  void gated_residual_norm_modulate_backward(const GatedResidualNormModulateBackward&);            \
-  void qk_norm_rope_forward(const QkNormRopeForward&);                                             \
-  void qk_norm_rope_backward(const QkNormRopeBackward&);                                           \
-  void rope(const Rope&);                                                                          \
-  void swiglu_forward(const SwigluForward&);                                                       \
-  void swiglu_backward(const SwigluBackward&);                                                     \
-  const Kernels kernels = {#isa,                                                                   \
-                           norm_modulate_forward,                                                  \
-                           norm_modulate_backward,                                                 \
-                           gated_residual_forward,                                                 \
-                           gated_residual_backward,                                                \
-                           gated_residual_norm_modulate_forward,                                   \
-                           gated_residual_norm_modulate_backward,                                  \
-                           qk_norm_rope_forward,                                                   \
-                           qk_norm_rope_backward,                                                  \
-                           rope,                                                                   \
-                           swiglu_forward,                                                         \
-                           swiglu_backward};                                                       \
+#define TWOSTEP_DECLARE(isa)                                                            \
+  namespace isa {                                                                       \
+  void norm_modulate_forward(const NormModulateForward&);                               \
+  void norm_modulate_backward(const NormModulateBackward&);                             \
+  void gated_residual_forward(const GatedResidualForward&);                             \
+  void gated_residual_backward(const GatedResidualBackward&);                           \
+  void gated_residual_norm_modulate_forward(const GatedResidualNormModulateForward&);   \
+  void gated_residual_norm_modulate_backward(const GatedResidualNormModulateBackward&); \
+  void qk_norm_rope_forward(const QkNormRopeForward&);                                  \
+  void qk_norm_rope_backward(const QkNormRopeBackward&);                                \
+  void rope(const Rope&);                                                               \
+  void swiglu_forward(const SwigluForward&);                                            \
+  void swiglu_backward(const SwigluBackward&);                                          \
+  const Kernels kernels = {#isa,                                                        \
+                           norm_modulate_forward,                                       \
+                           norm_modulate_backward,                                      \
+                           gated_residual_forward,                                      \
+                           gated_residual_backward,                                     \
+                           gated_residual_norm_modulate_forward,                        \
+                           gated_residual_norm_modulate_backward,                       \
+                           qk_norm_rope_forward,                                        \
+                           qk_norm_rope_backward,                                       \
+                           rope,                                                        \
+                           swiglu_forward,                                              \
+                           swiglu_backward};                                            \
   }
 
 TWOSTEP_DECLARE(portable)
@@ -104,9 +104,11 @@ int64_t splits(int64_t batch, int64_t length, int64_t width) {
   (void)width;
   // Runs of at least 32 rows: a run writes two or three fp32 rows of sums and the second stage reads them back, so
   // at 32 bf16 rows this adds at most 2 * 4 * 2 / (32 * 3 * 2) = 8 % to the bytes of norm_modulate's backward, and
-  // from cache. At most 256 runs in all: four for each of 64 cores.
+  // from cache. At most 256 runs in all, four for each of 64 cores, unless a run would then add up more than 128 rows
+  // one by one: rounding grows with the run (65536 rows in 256 runs: 7 times eager PyTorch's error in float32).
   const int64_t by_rows = length / 32;
-  const int64_t by_total = 256 / (batch > 0 ? batch : 1);
+  const int64_t enough = 256 / (batch > 0 ? batch : 1), exact = length / 128;
+  const int64_t by_total = enough > exact ? enough : exact;
   const int64_t n = by_rows < by_total ? by_rows : by_total;
   return n > 1 ? n : 1;
 }

@@ -25,24 +25,37 @@ constexpr int64_t kColumnBlock = 256;
 
 template <class A>
 void reduce_columns(const ParamGrads& g, int64_t column, int64_t n) {
-  A weight[kColumnBlock], value[kColumnBlock], derivative[kColumnBlock], total[kColumnBlock], dweight[kColumnBlock];
+  A weight[kColumnBlock], value[kColumnBlock], derivative[kColumnBlock], total[kColumnBlock];
+  A dweight[kColumnBlock], recent[kColumnBlock];  // the sum over samples: all before the last fold, and since then
   fill_row(dweight, n, A{0});
+  fill_row(recent, n, A{0});
   load_weight(g.param_dtype, g.weight, column, n, weight);
   for (int64_t b = 0; b < g.batch; ++b) {
     const A* runs = static_cast<const A*>(g.partials) + b * g.splits * g.width + column;
     for_vectors<A>(n, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
       Vec<A> t = {};
-      for (int64_t s = 0; s < g.splits; ++s) t += load(runs + s * g.width + d, lanes);
+      for (int64_t s = 0; s < g.splits;) {
+        Vec<A> part = {};
+        for (const int64_t end = smaller(s + kFold, g.splits); s < end; ++s)
+          part += load(runs + s * g.width + d, lanes);
+        t += part;
+      }
       store(total + d, t, lanes);
     });
     load_modulation(g.kind, g.param_dtype, g.modulation.data, b * g.modulation.batch_stride + column, n, value,
                     derivative);
     for_vectors<A>(n, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
       const Vec<A> t = load(total + d, lanes);
-      store(dweight + d, load(dweight + d, lanes) + load(value + d, lanes) * t, lanes);
+      store(recent + d, load(recent + d, lanes) + load(value + d, lanes) * t, lanes);
       store(total + d, load(derivative + d, lanes) * load(weight + d, lanes) * t, lanes);
     });
     if (g.dsample) store_params(g.param_dtype, g.dsample, b * g.width + column, n, total);
+    if ((b + 1) % kFold == 0 || b + 1 == g.batch) {
+      for_vectors<A>(n, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
+        store(dweight + d, load(dweight + d, lanes) + load(recent + d, lanes), lanes);
+      });
+      fill_row(recent, n, A{0});
+    }
   }
   if (g.dweight) store_params(g.param_dtype, g.dweight, column, n, dweight);
 }

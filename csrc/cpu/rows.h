@@ -26,41 +26,88 @@ TWOSTEP_INLINE void for_vectors(int64_t width, const F& body) {
   if (d < width) body(d, Part{width - d});
 }
 
-// body(d, lanes, slot): the same for a sum, in four accumulators, so that additions do not wait for each other.
+// A sum over a row, in four accumulators, so that additions do not wait for each other. Every kFold additions they are
+// folded into one more and start again: a float that takes in thousands of terms one by one loses what pairwise
+// summation keeps (16384 columns in 16-byte vectors: 9 ulp in a gradient where PyTorch has 1).
 constexpr int kSlots = 4;
-template <class A, class F>
-TWOSTEP_INLINE void sum_vectors(int64_t width, const F& body) {
-  constexpr int64_t w = kLanes<A>;
-  int64_t d = 0;
-  for (; d + kSlots * w <= width; d += kSlots * w) {
-    body(d, Full{}, Slot<0>{});
-    body(d + w, Full{}, Slot<1>{});
-    body(d + 2 * w, Full{}, Slot<2>{});
-    body(d + 3 * w, Full{}, Slot<3>{});
-  }
-  for (; d + w <= width; d += w) body(d, Full{}, Slot<0>{});
-  if (d < width) body(d, Part{width - d}, Slot<1>{});
-}
-
+constexpr int64_t kFold = 64;
 template <class A>
 struct Sums {
   Vec<A> slots[kSlots] = {};
-  TWOSTEP_INLINE A total() const { return sum_lanes((slots[0] + slots[1]) + (slots[2] + slots[3])); }
+  Vec<A> folded = {};
+  TWOSTEP_INLINE void fold() {
+    folded += (slots[0] + slots[1]) + (slots[2] + slots[3]);
+    for (Vec<A>& slot : slots) slot = Vec<A>{};
+  }
+  TWOSTEP_INLINE A total() const { return sum_lanes(folded); }
 };
 
+// body(d, lanes, slot) for every vector of a row; folds the sums that it adds to.
+template <class A, class F, class... S>
+TWOSTEP_INLINE void sum_vectors(int64_t width, const F& body, S&... sums) {
+  constexpr int64_t w = kLanes<A>;
+  int64_t d = 0;
+  while (d + kSlots * w <= width) {
+    const int64_t end = smaller(width, d + kFold * kSlots * w);
+    for (; d + kSlots * w <= end; d += kSlots * w) {
+      body(d, Full{}, Slot<0>{});
+      body(d + w, Full{}, Slot<1>{});
+      body(d + 2 * w, Full{}, Slot<2>{});
+      body(d + 3 * w, Full{}, Slot<3>{});
+    }
+    (sums.fold(), ...);
+  }
+  for (; d + w <= width; d += w) body(d, Full{}, Slot<0>{});
+  if (d < width) body(d, Part{width - d}, Slot<1>{});
+  (sums.fold(), ...);
+}
+
+// The same for a long body, which hides an addition by itself: one slot, and a quarter of the code.
+template <class A, class F, class... S>
+TWOSTEP_INLINE void sum_vectors_singly(int64_t width, const F& body, S&... sums) {
+  constexpr int64_t w = kLanes<A>;
+  int64_t d = 0;
+  while (d + w <= width) {
+    const int64_t end = smaller(width, d + kFold * w);
+    for (; d + w <= end; d += w) body(d, Full{}, Slot<0>{});
+    (sums.fold(), ...);
+  }
+  if (d < width) body(d, Part{width - d}, Slot<0>{});
+  (sums.fold(), ...);
+}
+
+// Asks for memory that the next row will want, while this one, already in cache, is worked on: the processor looks no
+// further ahead than some 500 instructions by itself. qk_norm_rope in bf16 goes from 67 % to 96 % of a copy's speed.
 TWOSTEP_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// The same, some bytes on in the same stream; past a tensor's end this is a hint to nowhere.
+TWOSTEP_INLINE void prefetch_ahead(const void* p) {
+  constexpr uintptr_t kBytes = 2048;
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kBytes), 0, 3);
+}
 
 TWOSTEP_INLINE float square_root(float v) { return __builtin_sqrtf(v); }
 TWOSTEP_INLINE double square_root(double v) { return __builtin_sqrt(v); }
 
 // --- sums over a row
 
+// sum (x - center)
 template <class T>
-TWOSTEP_INLINE Acc<T> sum(const T* x, int64_t width) {
+TWOSTEP_INLINE Acc<T> sum(const T* x, Acc<T> center, int64_t width) {
   using A = Acc<T>;
   Sums<A> s;
-  sum_vectors<A>(width, [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA { s.slots[slot] += load(x + d, lanes); });
+  sum_vectors<A>(
+      width,
+      [&](int64_t d, auto lanes, auto slot)
+          TWOSTEP_LAMBDA { s.slots[slot] += keep<A>(load(x + d, lanes) - center, lanes); },
+      s);
   return s.total();
+}
+
+// A mean and the mean of what it leaves: the sum of a row whose mean is large rounds by more than the mean's own ulp.
+template <class T>
+TWOSTEP_INLINE Acc<T> corrected_mean(const T* x, Acc<T> mean, int64_t width) {
+  return mean + sum(x, mean, width) / static_cast<Acc<T>>(width);
 }
 
 // sum (x - center)^2
@@ -68,10 +115,13 @@ template <class T>
 TWOSTEP_INLINE Acc<T> sum_squares(const T* x, Acc<T> center, int64_t width) {
   using A = Acc<T>;
   Sums<A> s;
-  sum_vectors<A>(width, [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
-    const Vec<A> v = keep<A>(load(x + d, lanes) - center, lanes);
-    s.slots[slot] += v * v;
-  });
+  sum_vectors<A>(
+      width,
+      [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
+        const Vec<A> v = keep<A>(load(x + d, lanes) - center, lanes);
+        s.slots[slot] += v * v;
+      },
+      s);
   return s.total();
 }
 
@@ -85,7 +135,7 @@ struct Moments {
 template <Norm kNorm, class T>
 TWOSTEP_INLINE Moments<Acc<T>> moments(const T* x, int64_t width, double eps) {
   using A = Acc<T>;
-  const A mean = kNorm == Norm::layer ? sum(x, width) / static_cast<A>(width) : A{0};
+  const A mean = kNorm == Norm::layer ? corrected_mean(x, sum(x, A{0}, width) / static_cast<A>(width), width) : A{0};
   const A variance = sum_squares(x, mean, width) / static_cast<A>(width);
   return {mean, 1 / square_root(variance + static_cast<A>(eps))};
 }
@@ -197,9 +247,8 @@ void load_modulation(Modulation kind, Dtype dtype, const void* data, int64_t off
   if (!data) return fill_row(value, n, A{1});
   load_params(dtype, data, offset, n, value);
   if (kind == Modulation::scale) {
-    for_vectors<A>(n, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
-      store(value + d, 1 + load(value + d, lanes), lanes);
-    });
+    for_vectors<A>(n,
+                   [&](int64_t d, auto lanes) TWOSTEP_LAMBDA { store(value + d, 1 + load(value + d, lanes), lanes); });
   } else if (kind == Modulation::tanh_gate) {
     for_vectors<A>(n, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
       const Vec<A> t = tanh(load(value + d, lanes));
@@ -212,9 +261,8 @@ void load_modulation(Modulation kind, Dtype dtype, const void* data, int64_t off
 // out = a * b
 template <class A>
 void multiply_rows(const A* a, const A* b, int64_t n, A* out) {
-  for_vectors<A>(n, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
-    store(out + d, load(a + d, lanes) * load(b + d, lanes), lanes);
-  });
+  for_vectors<A>(
+      n, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA { store(out + d, load(a + d, lanes) * load(b + d, lanes), lanes); });
 }
 
 TWOSTEP_INLINE int64_t offset_of(const ConstRows& rows, int64_t b, int64_t l) {

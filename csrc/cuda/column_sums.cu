@@ -59,17 +59,12 @@ __device__ float read(const Stage& s, const void* from, int64_t at) {
   return values[0];
 }
 
-// A kernel's parameters must not be indexed at run time: the compiler would copy them to local memory.
-__device__ ColumnGradients pick(const Stage& s, int64_t which) {
-  return which == 0 ? s.gradients[0] : which == 1 ? s.gradients[1] : s.gradients[2];
-}
-
-__global__ void __launch_bounds__(tile* lanes) sum_runs(const Stage s, const int64_t work) {
+__global__ void __launch_bounds__(tile* lanes) sum_runs(const __grid_constant__ Stage s, const int64_t work) {
   for (int64_t item = blockIdx.x; item < work; item += gridDim.x) {
     const int64_t group = item / s.tiles, which = group / s.batch, b = group - which * s.batch;
     const int64_t column = (item - group * s.tiles) * tile + threadIdx.x;
     const bool inside = column < s.width;
-    const ColumnGradients to = pick(s, which);
+    const ColumnGradients& to = s.gradients[which];
     if (to.per_sample == nullptr && to.per_width == nullptr) continue;
     float* const from = s.partials + group * s.splits * s.width + column;
     const float total = sum_strided(from, s.splits, s.width, inside);
@@ -97,11 +92,11 @@ __global__ void __launch_bounds__(tile* lanes) sum_runs(const Stage s, const int
   }
 }
 
-__global__ void __launch_bounds__(tile* lanes) sum_samples(const Stage s, const int64_t work) {
+__global__ void __launch_bounds__(tile* lanes) sum_samples(const __grid_constant__ Stage s, const int64_t work) {
   for (int64_t item = blockIdx.x; item < work; item += gridDim.x) {
     const int64_t which = item / s.tiles, column = (item - which * s.tiles) * tile + threadIdx.x;
     const bool inside = column < s.width;
-    const ColumnGradients to = pick(s, which);
+    const ColumnGradients& to = s.gradients[which];
     if (to.per_width == nullptr) continue;
     const int64_t sample = s.splits * s.width;
     const float total = sum_strided(s.partials + which * s.batch * sample + column, s.batch, sample, inside);

@@ -32,9 +32,9 @@ inline ColumnGradients scale_gradients(const ConstRows& scale, bool per_token, c
 inline ColumnGradients gate_gradients(const ConstRows& gate, GateAct act, bool per_token, const void* weight,
                                       void* dgate, void* dweight) {
   const bool modulated = gate.data != nullptr && !per_token;
-  const auto kind = !modulated               ? ColumnGradients::Kind::none
-                    : act == GateAct::tanh   ? ColumnGradients::Kind::tanh_gate
-                                             : ColumnGradients::Kind::gate;
+  const auto kind = !modulated             ? ColumnGradients::Kind::none
+                    : act == GateAct::tanh ? ColumnGradients::Kind::tanh_gate
+                                           : ColumnGradients::Kind::gate;
   return {kind, gate, weight, per_token ? nullptr : dgate, dweight};
 }
 

@@ -53,11 +53,11 @@ struct Head {
 
 // Where a token's heads start.
 template <class T>
-__device__ inline const T* heads_of(const ConstHeads& x, int64_t b, int64_t l) {
+__device__ inline const T* heads_of(const ConstHeads& x, int b, int64_t l) {
   return static_cast<const T*>(x.data) + b * x.batch_stride + l * x.token_stride;
 }
 
-__device__ inline const float* frequencies_of(const ConstRows& freqs, int64_t b, int64_t l) {
+__device__ inline const float* frequencies_of(const ConstRows& freqs, int b, int64_t l) {
   return static_cast<const float*>(freqs.data) + b * freqs.batch_stride + l * freqs.token_stride;
 }
 
@@ -74,11 +74,11 @@ __device__ inline void turn(const float (&freqs)[W], float direction, float (&x)
 
 // Where this team starts: its head, its token, and the run of tokens its block takes.
 struct HeadRun {
-  int64_t b, index, begin;
-  int count, head, token;
+  int64_t begin;
+  int b, count, head, token;  // a grid holds fewer than 2^31 blocks, and so samples
 
   __device__ HeadRun(const HeadPlan& plan, int64_t block, int64_t length)
-      : b(block / plan.runs), index(block - b * plan.runs), begin(index * plan.tokens) {
+      : begin(block % plan.runs * plan.tokens), b(int(block / plan.runs)) {
     const int64_t left = length - begin;
     count = int(left < 0 ? 0 : left < plan.tokens ? left : plan.tokens);
     head = int(threadIdx.y) % plan.head_slots;
@@ -88,7 +88,7 @@ struct HeadRun {
   // As in Run: keeps the compiler from holding every tensor's address through the loop over tokens.
   __device__ void forget() {
 #ifdef __CUDA_ARCH__
-    asm volatile("" : "+l"(b), "+l"(begin));
+    asm volatile("" : "+r"(b), "+l"(begin));
 #endif
   }
 };
@@ -97,9 +97,10 @@ struct HeadProblem {
   int64_t batch, length, width, heads;  // the larger number of heads
   int tensors;
   bool aligned;
-  int in_flight;  // vectors of 16 bytes a thread holds of each tensor at once
-  bool sums;      // a line of floats for each team, and one more, in shared memory
-  int64_t runs;   // 0: as many as fill the device
+  int in_flight;                  // vectors of 16 bytes a thread holds of each tensor at once
+  int resident = heads_resident;  // threads on a multiprocessor
+  bool lines = false;             // a line of floats for each team in shared memory
+  int64_t most_runs = max_blocks;
 };
 
 struct HeadLaunch {
@@ -114,15 +115,14 @@ inline HeadLaunch plan_heads(const Device& device, const HeadProblem& problem, i
   launch.plan.head_slots = int(std::clamp<int64_t>(ceil_div(problem.heads, in_flight), 1, slots));
   launch.plan.token_slots = int(std::clamp<int64_t>(slots / launch.plan.head_slots, 1, problem.length));
   const int teams = launch.plan.head_slots * launch.plan.token_slots;
-  const int blocks = std::max(heads_resident / (teams * lanes), 1);
+  const int blocks = std::max(problem.resident / (teams * lanes), 1);
   const int64_t filling = std::max<int64_t>(int64_t(device.multiprocessors) * blocks / problem.tensors, 1);
-  launch.plan.runs = problem.runs > 0 ? problem.runs
-                                      : std::clamp<int64_t>(filling / problem.batch, 1,
-                                                            ceil_div(problem.length, launch.plan.token_slots));
+  const int64_t most = std::min(problem.most_runs, ceil_div(problem.length, launch.plan.token_slots));
+  launch.plan.runs = std::clamp<int64_t>(filling / problem.batch, 1, most);
   launch.plan.tokens = ceil_div(problem.length, launch.plan.runs);
   launch.grid.blocks = problem.batch * launch.plan.runs * problem.tensors;
   launch.grid.block = dim3(lanes, teams);
-  launch.grid.shared = problem.sums ? int((teams + 1) * problem.width * int(sizeof(float))) : 0;
+  launch.grid.shared = problem.lines ? int(teams * problem.width * int(sizeof(float))) : 0;
   return launch;
 }
 
@@ -136,8 +136,7 @@ cudaError_t launch_heads(Dtype dtype, const HeadProblem& problem, F&& f) {
     using T = decltype(element);
     constexpr int W = wide_vector<T>, V = head_elements / W;
     if (problem.aligned && problem.width % W == 0 && ceil_div(problem.width, W * V) <= heads_lanes) {
-      const HeadLaunch launch = plan_heads(device, problem, ceil_div(problem.width, W * V),
-                                           problem.in_flight / V);
+      const HeadLaunch launch = plan_heads(device, problem, ceil_div(problem.width, W * V), problem.in_flight / V);
       return f(element, std::integral_constant<int, W>{}, std::integral_constant<int, V>{}, launch);
     }
     const HeadLaunch launch = plan_heads(device, problem, problem.width / 2, 1);

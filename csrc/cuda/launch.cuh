@@ -30,6 +30,9 @@ constexpr bool devices_change = true;  // tests set the multiprocessor count
 constexpr bool devices_change = false;
 #endif
 
+// Shared memory from which on a kernel is one that keeps rows there.
+constexpr int staging_bytes = 4096;
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Threads for a row of so many vectors: a power of two within a warp, else whole warps.
@@ -42,8 +45,7 @@ inline int team_size(int64_t vectors, int limit) {
   return int(std::min<int64_t>(ceil_div(vectors, 32) * 32, limit));
 }
 
-inline int64_t runs_per_sample(const Device& device, int64_t batch, int64_t length, int teams_resident,
-                               int min_rows) {
+inline int64_t runs_per_sample(const Device& device, int64_t batch, int64_t length, int teams_resident, int min_rows) {
   if (batch <= 0 || length <= 0) return 1;
   const int64_t teams = int64_t(device.multiprocessors) * teams_resident;
   const int64_t most = std::clamp<int64_t>(teams / batch, 1, ceil_div(length, min_rows));
@@ -67,9 +69,14 @@ cudaError_t launch(const Grid& grid, [[maybe_unused]] cudaStream_t stream, const
   if (error == cudaSuccess) error = current_device(&device);
   if (error != cudaSuccess) return error;
   const uint64_t bit = ordinal < 64 ? uint64_t(1) << ordinal : 0;
-  if (grid.shared > 48 * 1024 && (opted_in.load(std::memory_order_relaxed) & bit) == 0) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(Kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 device.shared_per_block);
+  if (grid.shared > staging_bytes && (opted_in.load(std::memory_order_relaxed) & bit) == 0) {
+    const void* kernel = reinterpret_cast<const void*>(Kernel);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+    // Or the split between cache and shared memory may leave room for fewer blocks than the plan counts on.
+    if (error == cudaSuccess) {
+      error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    }
     if (error != cudaSuccess) return error;
     opted_in.fetch_or(bit, std::memory_order_relaxed);
   }
@@ -84,14 +91,10 @@ cudaError_t launch(const Grid& grid, [[maybe_unused]] cudaStream_t stream, const
 template <class F>
 cudaError_t with_dtype(Dtype dtype, F&& f) {
   switch (dtype) {
-    case Dtype::f32:
-      return f(float{});
-    case Dtype::bf16:
-      return f(__nv_bfloat16{});
-    case Dtype::f16:
-      return f(__half{});
-    default:
-      return cudaErrorNotSupported;
+    case Dtype::f32: return f(float{});
+    case Dtype::bf16: return f(__nv_bfloat16{});
+    case Dtype::f16: return f(__half{});
+    default: return cudaErrorNotSupported;
   }
 }
 
@@ -179,9 +182,9 @@ inline RowLaunch plan_rows(const Device& device, const RowProblem& problem, int 
     while (blocks > 1 && rows_ahead(device, blocks, fixed_bytes, row_bytes) < 1) --blocks;
     launch.plan.ahead = rows_ahead(device, blocks, fixed_bytes, row_bytes);
   }
-  launch.plan.runs = problem.runs > 0 ? problem.runs
-                                      : runs_per_sample(device, problem.batch, problem.length, blocks * teams,
-                                                        problem.min_rows);
+  launch.plan.runs = problem.runs > 0
+                         ? problem.runs
+                         : runs_per_sample(device, problem.batch, problem.length, blocks * teams, problem.min_rows);
   launch.plan.rows = ceil_div(problem.length, launch.plan.runs);
   launch.grid.blocks = ceil_div(problem.batch * launch.plan.runs, teams);
   launch.grid.block = dim3(team, teams);

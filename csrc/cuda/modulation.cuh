@@ -21,9 +21,7 @@ struct Gate {
   }
 };
 
-__device__ inline bool per_token_rows(const ConstRows& rows) {
-  return rows.data != nullptr && rows.token_stride != 0;
-}
+__device__ inline bool per_token_rows(const ConstRows& rows) { return rows.data != nullptr && rows.token_stride != 0; }
 
 template <int W, class T>
 __device__ inline void load_shift(const ConstRows& shift, bool f32, int64_t b, int64_t l, int column, float (&out)[W]) {
@@ -73,11 +71,10 @@ struct Factor {
     for (int i = 0; i < W; ++i) out[i] *= Kind::apply(x[i], flag);
   }
 
-  // The backward with modulation per token. `sums` comes in as gradient * normalised row; the modulation's own
-  // gradient is written from it, and it leaves as what the weight's gradient adds up.
+  // The backward with modulation per token; the row starts at element `at`. `sums` comes in as gradient * normalised
+  // row; the modulation's own gradient is written from it, and it leaves as what the weight's gradient adds up.
   template <int W, class T>
-  __device__ void token_gradient(int64_t b, int64_t l, int64_t row, int column, int width, void* gradient,
-                                 float (&sums)[W]) const {
+  __device__ void token_gradient(int64_t b, int64_t l, int64_t at, int column, void* gradient, float (&sums)[W]) const {
     float x[W];
     raw<W, T>(b, l, column, x);
     if (gradient != nullptr) {
@@ -85,7 +82,7 @@ struct Factor {
       weights<W, T>(column, w);
 #pragma unroll
       for (int i = 0; i < W; ++i) w[i] *= sums[i] * Kind::derivative(x[i], flag);
-      store_parameter<W, T>(gradient, f32, row * width + column, w);
+      store_parameter<W, T>(gradient, f32, at + column, w);
     }
 #pragma unroll
     for (int i = 0; i < W; ++i) sums[i] *= Kind::apply(x[i], flag);

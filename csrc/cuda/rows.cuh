@@ -53,24 +53,9 @@ struct Run {
     count = int(left < 0 ? 0 : left < plan.rows ? left : plan.rows);
   }
 
-  // Row i among all rows.
-  __device__ int64_t row(int64_t length, int i) const { return b * length + begin + i; }
-
-  // Makes the run's place opaque to the compiler. It would otherwise compute the address of every tensor's first row
-  // before the loop over rows and keep them all, which costs a backward more registers than it has.
-  __device__ void forget() {
-#ifdef __CUDA_ARCH__
-    asm volatile("" : "+l"(b), "+l"(begin));
-#endif
-  }
+  // The first row among all rows.
+  __device__ int64_t row(int64_t length) const { return b * length + begin; }
 };
-
-// Row i of a run.
-template <class T>
-__device__ inline const T* row_of(const ConstRows& rows, const Run& run, int i) {
-  const int64_t offset = run.b * rows.batch_stride + (run.begin + i) * rows.token_stride;
-  return static_cast<const T*>(rows.data) + offset;
-}
 
 // The run's row of sum `which` in partials.
 __device__ inline float* partial_sums(const Partials& partials, int which, const Run& run, int64_t batch,
@@ -78,115 +63,126 @@ __device__ inline float* partial_sums(const Partials& partials, int which, const
   return static_cast<float*>(partials.data) + ((which * batch + run.b) * partials.splits + run.index) * width;
 }
 
-// This thread's first 16-byte slot, where each thread has `slots` of them. A warp's slots are together and its threads
-// interleaved: slot n is 32 n further, an offset the compiler knows, and a warp's accesses fill whole lines.
-__device__ inline uint4* own_slots(unsigned char* shared, int slots) {
-  const int thread = int(threadIdx.y * blockDim.x + threadIdx.x);
-  return reinterpret_cast<uint4*>(shared) + (thread >> 5) * (slots * 32) + (thread & 31);
+// This thread's 16-byte slots, `count` of them, from byte `begin` of the block's shared memory. A warp's slots are
+// together and its threads interleaved: slot n is 32 n further, an offset the compiler knows, and a warp's accesses
+// fill whole lines.
+class Slots {
+ public:
+  __device__ Slots(int begin, int count) {
+    const int thread = int(threadIdx.y * blockDim.x + threadIdx.x);
+    own_ = begin + ((thread >> 5) * (count * 32) + (thread & 31)) * 16;
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(own_));  // or the compiler computes it again at every access
+#endif
+  }
+  __device__ uint4* operator[](int n) const { return reinterpret_cast<uint4*>(shared_memory() + own_) + n * 32; }
+
+ private:
+  int own_;
+};
+
+// W floats as they are, in 16-byte slots `stride` apart.
+template <int W>
+__device__ inline void put_floats(const Slots& slots, int first, int stride, const float (&in)[W]) {
+#pragma unroll
+  for (int e = 0; e < W; e += 4) shared_store(slots[first + e / 4 * stride], encode<float>(in + e));
 }
 
-// K input tensors of dtype T, read row by row.
-template <class T, int W, int V, int K>
+template <int W>
+__device__ inline void get_floats(const Slots& slots, int first, int stride, float (&out)[W]) {
+#pragma unroll
+  for (int e = 0; e < W; e += 4) decode<float>(shared_load(slots[first + e / 4 * stride]), out + e);
+}
+
+// K input tensors of dtype T, read row by row; the first may be absent where MayMiss says so.
+template <class T, int W, int V, int K, bool MayMiss = false>
 class Inputs {
  public:
-  static constexpr int slot_vectors = K * V;  // of 16 bytes, for one thread and one row
+  static constexpr int row_slots = K * V;  // of one thread
 
-  __device__ Inputs(unsigned char* shared, int ahead)
-      : own_(own_slots(shared, slot_vectors * (ahead + 1))), ahead_(ahead) {}
+  __device__ Inputs(int begin, int ahead) : slots_(begin, row_slots * (ahead + 1)), ahead_(ahead) {}
 
-  // Starts a run. rows(k, i) is the address of row i of tensor k, null where the tensor is absent.
-  template <class Team, class Rows>
-  __device__ void open(const Team& team, const Run& run, Rows rows) {
+  // Starts a run; tensors(k) is tensor k.
+  template <class Team, class Tensors>
+  __device__ void open(const Team& team, const Run& run, Tensors tensors) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const ConstRows& x = tensors(k);
+      row_[k] = static_cast<const T*>(x.data) + run.b * x.batch_stride + run.begin * x.token_stride;
+    }
     if constexpr (V > 0) {
-      slot_ = ahead_;
-      for (int i = 0; i < ahead_; ++i) fetch(team, i, i, run.count, rows);
+      slot_ = ahead_ * row_slots;
+      for (int i = 0; i < ahead_; ++i) fetch(team, i * row_slots, i < run.count, tensors);
     }
   }
 
   // Makes row i readable and sends for row i + ahead, whose slot the row before this one has left.
-  template <class Team, class Rows>
-  __device__ void next(const Team& team, const Run& run, int i, Rows rows) {
+  template <class Team, class Tensors>
+  __device__ void next(const Team& team, const Run& run, int i, Tensors tensors) {
     if constexpr (V > 0) {
       const int freed = slot_;
-      slot_ = slot_ == ahead_ ? 0 : slot_ + 1;
-      fetch(team, freed, i + ahead_, run.count, rows);
+      slot_ = slot_ == ahead_ * row_slots ? 0 : slot_ + row_slots;
+      fetch(team, freed, i + ahead_ < run.count, tensors);
       wait_for_copies(ahead_);
+    } else if (i > 0) {
+      advance(tensors);
     }
   }
 
-  // Vector v of tensor k, which is present, of row i, which next made readable.
-  template <class Rows>
-  __device__ void read(int k, int v, int column, int i, Rows rows, float (&out)[W]) const {
+  // Vector v of tensor k, which is present, of the row that next made readable.
+  __device__ void read(int k, int v, int column, float (&out)[W]) const {
     if constexpr (V > 0) {
-      decode<T>(shared_load(at(slot_, k, v)), out);
+      decode<T>(shared_load(slots_[slot_ + k * V + v]), out);
     } else {
-      load<W>(rows(k, i) + column, out);
+      load<W>(row_[k] + column, out);
     }
   }
 
-  // Overwrites this thread's vector v of tensor k, and of k + 1 where W floats need both slots, with floats.
-  __device__ void keep(int k, int v, const float (&in)[W]) {
-#pragma unroll
-    for (int e = 0; e < W; e += 4) {
-      shared_store(at(slot_, k + e / 4, v), encode<float>(in + e));
-    }
-  }
-  __device__ void kept(int k, int v, float (&out)[W]) const {
-#pragma unroll
-    for (int e = 0; e < W; e += 4) {
-      decode<float>(shared_load(at(slot_, k + e / 4, v)), out + e);
-    }
-  }
+  // Puts floats where this thread's vector v of tensor k was, and that of k + 1 where W floats need both slots.
+  __device__ void keep(int k, int v, const float (&in)[W]) { put_floats<W>(slots_, slot_ + k * V + v, V, in); }
+  __device__ void kept(int k, int v, float (&out)[W]) const { get_floats<W>(slots_, slot_ + k * V + v, V, out); }
 
  private:
-  template <class Team, class Rows>
-  __device__ void fetch(const Team& team, int slot, int i, int count, Rows rows) {
-    if (i < count) {
+  template <class Tensors>
+  __device__ void advance(Tensors tensors) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) row_[k] += tensors(k).token_stride;
+  }
+
+  template <class Team, class Tensors>
+  __device__ void fetch(const Team& team, int slot, bool wanted, Tensors tensors) {
+    if (wanted) {
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        const T* row = rows(k, i);
-        if (row == nullptr) continue;
-        team.columns([&](int v, int column) {
-          __pipeline_memcpy_async(at(slot, k, v), row + column, 16);
-        });
+        if (MayMiss && k == 0 && tensors(0).data == nullptr) continue;
+        team.columns(
+            [&](int v, int column) { __pipeline_memcpy_async(slots_[slot + k * V + v], row_[k] + column, 16); });
       }
+      advance(tensors);
     }
     __pipeline_commit();  // an empty group too: groups are counted
   }
 
-  __device__ uint4* at(int slot, int k, int v) const { return own_ + slot * (slot_vectors * 32) + (k * V + v) * 32; }
-
-  uint4* own_;
-  int ahead_, slot_ = 0;
+  const T* row_[K];  // V > 0: to send for next; V = 0: at hand
+  Slots slots_;
+  int ahead_, slot_ = 0;  // the first slot of the row at hand
 };
 
 // N floats for each of this thread's columns, in slots of shared memory that no other thread touches.
 template <int W, int V, int N>
 class Columns {
  public:
-  static constexpr int slot_vectors = N * V * W / 4;  // of 16 bytes, for one thread
+  static constexpr int slots = N * V * W / 4;  // of one thread
 
-  __device__ explicit Columns(unsigned char* shared) : own_(own_slots(shared, slot_vectors)) {}
-
-  __device__ void set(int n, int v, const float (&in)[W]) {
-#pragma unroll
-    for (int e = 0; e < W; e += 4) shared_store(at(n, v, e), encode<float>(in + e));
-  }
-  __device__ void get(int n, int v, float (&out)[W]) const {
-#pragma unroll
-    for (int e = 0; e < W; e += 4) decode<float>(shared_load(at(n, v, e)), out + e);
-  }
+  __device__ explicit Columns(int begin) : slots_(begin, slots) {}
+  __device__ void set(int n, int v, const float (&in)[W]) { put_floats<W>(slots_, (n * V + v) * (W / 4), 1, in); }
+  __device__ void get(int n, int v, float (&out)[W]) const { get_floats<W>(slots_, (n * V + v) * (W / 4), 1, out); }
+  // Where the block's shared memory after these begins.
+  __device__ static int end(int begin) { return begin + slots * 16 * int(blockDim.x * blockDim.y); }
 
  private:
-  __device__ uint4* at(int n, int v, int e) const { return own_ + ((n * V + v) * (W / 4) + e / 4) * 32; }
-  uint4* own_;
+  Slots slots_;
 };
-
-// Where a block's shared memory goes: sums, then columns, then rows.
-template <class Slots>
-__device__ inline unsigned char* after(unsigned char* shared) {
-  return shared + Slots::slot_vectors * 16 * int(blockDim.x * blockDim.y);
-}
 
 // A sum over a run's rows for each of this thread's columns: registers where they hold a row (V > 0), else the run's
 // row of partials itself, which no other thread touches.

@@ -45,16 +45,11 @@ __device__ inline void shared_store(V* to, V value) {
 // constant; the branch is uniform over the launch.
 __device__ inline void wait_for_copies(int newer) {
   switch (newer) {
-    case 0:
-      return __pipeline_wait_prior(0);
-    case 1:
-      return __pipeline_wait_prior(1);
-    case 2:
-      return __pipeline_wait_prior(2);
-    case 3:
-      return __pipeline_wait_prior(3);
-    default:
-      return __pipeline_wait_prior(4);
+    case 0: return __pipeline_wait_prior(0);
+    case 1: return __pipeline_wait_prior(1);
+    case 2: return __pipeline_wait_prior(2);
+    case 3: return __pipeline_wait_prior(3);
+    default: return __pipeline_wait_prior(4);
   }
 }
 

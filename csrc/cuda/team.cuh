@@ -45,9 +45,16 @@ struct Team {
 // Sums over the lanes of a team of at most 32; every lane gets the same bits, since xor adds the same pairs.
 template <int K, class Team>
 __device__ inline void sum_lanes(const Team& team, float (&values)[K]) {
-  const int span = team.size < 32 ? team.size : 32;
+  if (team.size >= 32) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance >>= 1) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) values[k] += __shfl_xor_sync(0xffffffffu, values[k], distance);
+    }
+    return;
+  }
 #pragma unroll 1
-  for (int distance = span >> 1; distance > 0; distance >>= 1) {
+  for (int distance = team.size >> 1; distance > 0; distance >>= 1) {
 #pragma unroll
     for (int k = 0; k < K; ++k) values[k] += __shfl_xor_sync(team.mask, values[k], distance);
   }

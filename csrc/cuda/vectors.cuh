@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../views.h"
 
@@ -27,7 +28,7 @@ template <class T>
 __device__ inline T from_float(float x) {
   if constexpr (sizeof(T) == 4) {
     return x;
-  } else if constexpr (__is_same(T, __half)) {
+  } else if constexpr (std::is_same_v<T, __half>) {
     return __float2half_rn(x);
   } else {
     return __float2bfloat16_rn(x);
@@ -39,7 +40,7 @@ template <class T>
 __device__ inline void decode_word(unsigned word, float* out) {
   if constexpr (sizeof(T) == 4) {
     out[0] = __uint_as_float(word);
-  } else if constexpr (__is_same(T, __half)) {
+  } else if constexpr (std::is_same_v<T, __half>) {
     out[0] = __half2float(__ushort_as_half(static_cast<unsigned short>(word & 0xffffu)));
     out[1] = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
   } else {
@@ -52,13 +53,13 @@ template <class T>
 __device__ inline unsigned encode_word(const float* in) {
   if constexpr (sizeof(T) == 4) {
     return __float_as_uint(in[0]);
-  } else if constexpr (__is_same(T, __half)) {
+  } else if constexpr (std::is_same_v<T, __half>) {
     const __half2 pair = __floats2half2_rn(in[0], in[1]);
     return unsigned(__half_as_ushort(__low2half(pair))) | unsigned(__half_as_ushort(__high2half(pair))) << 16;
   } else {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(in[0], in[1]);
-    return unsigned(__bfloat16_as_ushort(__low2bfloat16(pair))) |
-           unsigned(__bfloat16_as_ushort(__high2bfloat16(pair))) << 16;
+    return unsigned(__bfloat16_as_ushort(__low2bfloat16(pair))) | unsigned(__bfloat16_as_ushort(__high2bfloat16(pair)))
+                                                                      << 16;
   }
 }
 
@@ -74,8 +75,7 @@ __device__ inline void decode(uint4 raw, float* out) {
 template <class T>
 __device__ inline uint4 encode(const float* in) {
   constexpr int n = 4 / int(sizeof(T));
-  return make_uint4(encode_word<T>(in), encode_word<T>(in + n), encode_word<T>(in + 2 * n),
-                    encode_word<T>(in + 3 * n));
+  return make_uint4(encode_word<T>(in), encode_word<T>(in + n), encode_word<T>(in + 2 * n), encode_word<T>(in + 3 * n));
 }
 
 // W elements from device memory that no thread writes during the launch. Vectors of a multiple of 16 bytes are

@@ -54,50 +54,82 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
-def build(cache: Path, changes: Iterable[Substitution] = (), defines: Iterable[str] = (), jobs: int = 2) -> Path:
-    """The path of the module built from csrc with the changes applied."""
+@dataclass(frozen=True)
+class _Tree:
+    """A copy of the sources, as they are or changed."""
+
+    folder: Path
+    texts: dict[str, str]
+
+    @classmethod
+    def write(cls, cache: Path, changes: Iterable[Substitution]) -> _Tree:
+        texts = _sources(CSRC, changes)
+        folder = cache / f"tree-{_digest(*(f'{name}{text}' for name, text in sorted(texts.items())))}"
+        for name, text in texts.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                path.write_text(text)
+        return cls(folder, texts)
+
+    def included_by(self, name: str) -> str:
+        """All headers that a source may include; the module and the machine include contracts only."""
+        suffixes = (".h", ".cuh") if name.endswith(".cu") else (".h",)
+        return _digest(*(f"{n}\0{text}" for n, text in sorted(self.texts.items()) if n.endswith(suffixes)))
+
+
+def _compile(cache: Path, tree: _Tree, name: str, flags: list[str]) -> Path:
     import pybind11
 
     compiler = os.environ.get("CXX", "g++")
-    texts = _sources(CSRC, changes)
+    parts = (compiler, *flags, tree.included_by(name), tree.texts[name], pybind11.__version__, sys.version)
+    target = cache / f"{name.replace('/', '-')}-{_digest(*parts)}.o"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}")
+        folders = ["-I", str(tree.folder), "-I", str(tree.folder / "simt" / "include")]
+        folders += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+        _run([compiler, "-x", "c++", *flags, *folders, "-c", str(tree.folder / name), "-o", str(partial)])
+        partial.replace(target)
+    return target
+
+
+def build(
+    cache: Path,
+    changes: Iterable[Substitution] = (),
+    *,
+    affected: Iterable[str] | None = None,
+    defines: Iterable[str] = (),
+    jobs: int = 2,
+) -> Path:
+    """The path of the module built from csrc with the changes applied.
+
+    With `affected`, only these sources see the changes; the others are compiled, or found compiled, as they are.
+    """
+    changes = tuple(changes)
+    plain = _Tree.write(cache, ())
+    changed = _Tree.write(cache, changes) if changes else plain
     flags = [*FLAGS, "-DTWOSTEP_SIMT", *(f"-D{define}" for define in defines)]
-    headers = _digest(*(f"{n}\0{t}" for n, t in sorted(texts.items()) if n.endswith((".h", ".cuh"))))
-    tree = cache / f"tree-{_digest(*(f'{n}{t}' for n, t in sorted(texts.items())))}"
-    for name, text in texts.items():
-        path = tree / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            path.write_text(text)
-    interface = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
-    wanted = sorted(n for n in texts if n.endswith(".cu") or n in {"simt/simt.cpp", "simt/module.cpp"})
-    contracts = _digest(*(f"{n}\0{t}" for n, t in sorted(texts.items()) if n.endswith(".h")))
-
-    def compile_one(name: str) -> Path:
-        # The module and the machine include contracts only, so a changed kernel header leaves them as they are.
-        seen = headers if name.endswith(".cu") else contracts
-        stem = name.replace("/", "-")
-        target = cache / f"{stem}-{_digest(compiler, *flags, seen, texts[name], pybind11.__version__, sys.version)}.o"
-        if not target.exists():
-            partial = target.with_suffix(f".{os.getpid()}")
-            includes = ["-I", str(tree), "-I", str(tree / "simt" / "include")]
-            _run([compiler, "-x", "c++", *flags, *includes, *interface, "-c", str(tree / name), "-o", str(partial)])
-            partial.replace(target)
-        return target
-
+    names = sorted(n for n in plain.texts if n.endswith(".cu") or n in {"simt/simt.cpp", "simt/module.cpp"})
+    first = names if affected is None else sorted(affected)
+    # Affected objects come first: of inline functions that several objects hold, the linker takes the first.
+    order = [(changed, name) for name in first] + [(plain, name) for name in names if name not in first]
     with ThreadPoolExecutor(jobs) as pool:
-        objects = [str(path) for path in pool.map(compile_one, wanted)]
+        objects = [str(path) for path in pool.map(lambda each: _compile(cache, each[0], each[1], flags), order)]
     module = cache / _digest(*objects) / f"twostep_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not module.exists():
         module.parent.mkdir(parents=True, exist_ok=True)
         partial = module.with_suffix(f".{os.getpid()}")
-        _run([compiler, "-shared", *objects, "-o", str(partial)])
+        _run([os.environ.get("CXX", "g++"), "-shared", *objects, "-o", str(partial)])
         partial.replace(module)
     return module
 
 
 def load(module: Path) -> ModuleType:
-    """Loads a built module; several (the sources' and mutants') may be loaded side by side."""
-    spec = importlib.util.spec_from_file_location("twostep_simt", module)
+    """Loads a built module; several (the sources' and mutants') may be loaded side by side.
+
+    Each under a name of its own, since pybind11 hands out a module once for each name.
+    """
+    spec = importlib.util.spec_from_file_location(f"{module.parent.name}.twostep_simt", module)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)

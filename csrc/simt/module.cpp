@@ -1,7 +1,9 @@
-// The CUDA launchers on the emulated device, for Python tests: one function a launcher, a dict of what its struct holds.
+// The CUDA launchers on the emulated device, for Python tests: one function a launcher, a dict of what its struct
+// holds.
 //
 // Tensors come as tuples of an address and strides: (data, batch_stride, token_stride) for rows, (data, heads,
-// batch_stride, token_stride, head_stride) for heads, an address or None for contiguous ones. What is missing is absent.
+// batch_stride, token_stride, head_stride) for heads, an address or None for contiguous ones. What is missing is
+// absent.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

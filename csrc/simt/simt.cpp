@@ -50,7 +50,7 @@ struct Fiber {
   unsigned mask = 0;  // of the shuffle it waits in
   int lane_mask = 0;
   uint64_t value = 0, received = 0;
-  std::vector<Copy> copies;             // not committed
+  std::vector<Copy> copies;               // not committed
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
 };
 
@@ -212,7 +212,8 @@ bool release_barrier() {
 void prepare_block(unsigned block, unsigned blocks, Dim3 dim, int shared_bytes) {
   Machine& m = machine();
   m.shared.assign(size_t(shared_bytes) / 8 + 4, ~uint64_t(0));  // poison: NaN at every width
-  m.shared_base = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(m.shared.data()) + 15) & ~uintptr_t(15));
+  m.shared_base =
+      reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(m.shared.data()) + 15) & ~uintptr_t(15));
   m.shared_bytes = size_t(shared_bytes);
   m.words.assign(size_t(shared_bytes) / 4 + 1, Word{});
   m.epoch = 1;

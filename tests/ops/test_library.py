@@ -71,6 +71,43 @@ def test_an_unknown_instruction_set_is_refused() -> None:
             lambda: torch.ops.twostep.norm_modulate(torch.ones(1, 1, 4).int(), None, None, None, False, 1e-5),
             "is not supported",
         ),
+        (
+            lambda: torch.ops.twostep.norm_modulate_backward(
+                *(torch.ones(2, 5, 64).double(),) * 2,
+                None,
+                None,
+                torch.empty(0).double(),
+                torch.ones(2, 5).double(),
+                False,
+                torch.float32,
+                False,
+                False,
+                True,
+            ),
+            "param_dtype is",
+        ),
+        (
+            lambda: torch.ops.twostep.swiglu_backward(torch.ones(2, 3, 5), *(torch.ones(2, 3, 4),) * 2),
+            "dy must have the first tensor's shape",
+        ),
+        (
+            lambda: torch.ops.twostep.gated_residual_backward(
+                *(torch.ones(2, 3, 4),) * 2, None, None, torch.ones(2, 2), True, True, False, False
+            ),
+            r"rstd must be \[batch, length\]",
+        ),
+        (
+            lambda: torch.ops.twostep.qk_norm_rope_backward(
+                *(torch.ones(2, 3, 2, 4), torch.ones(2, 3, 1, 4)) * 2,
+                None,
+                None,
+                torch.ones(1, 3, 1, 2),
+                1e-5,
+                False,
+                False,
+            ),
+            "freqs must be",
+        ),
     ],
 )
 def test_a_raw_operator_never_reads_past_its_tensors(call, message: str) -> None:

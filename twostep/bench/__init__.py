@@ -17,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--directions", nargs="+", choices=["forward", "backward", "both"], default=["forward", "backward", "both"]
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each candidate (default 1)")
+    parser.add_argument(
+        "--system-allocator",
+        action="store_true",
+        help="CPU: leave glibc's allocator as it is, page faults included (default: freed memory is kept for reuse)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out; its compilation takes most of the time"
@@ -40,12 +45,18 @@ def run(arguments: argparse.Namespace) -> int:
         shapes = [cases.Shape.parse(text) for text in arguments.shapes] if arguments.shapes else list(default)
         usual = ("float32", "bfloat16") if device == "cpu" else ("bfloat16",)
         dtypes = _chosen(arguments.dtypes, usual, ("float32", "bfloat16", "float16"))
-    except ValueError as error:
+        _check_numbers(arguments)
+        for shape in shapes:
+            cases.check(shape, ops)
+        if arguments.out:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    if arguments.threads:
+    if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    timing.keep_freed_memory()
+    if not arguments.system_allocator:
+        timing.keep_freed_memory()
 
     rows: list[Row] = []
     total = len(ops) * len(shapes) * len(dtypes)
@@ -70,6 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
         for path in report.save(rows, arguments.out, device, command):
             print(f"wrote {path}")
     return 0
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"--threads is {arguments.threads}, expected at least 1")
+    if not 0 < arguments.seconds < float("inf"):
+        raise ValueError(f"--seconds is {arguments.seconds}, expected a number above 0")
 
 
 def _chosen(given: list[str] | None, default: tuple[str, ...], accepted: tuple[str, ...] | None = None) -> list[str]:

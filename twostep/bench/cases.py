@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,15 @@ class Inputs:
 
     def differentiable(self) -> list[Tensor]:
         return [t for t in self.arguments.values() if t.requires_grad]
+
+
+def check(shape: Shape, ops: Sequence[str]) -> None:
+    """ValueError where an operator cannot be measured at that shape."""
+    head = min(HEAD, shape.width)
+    if {"qk_norm_rope", "rope"} & set(ops) and (head % 2 or shape.width % head):
+        raise ValueError(
+            f"shape is {shape}, and for heads its width must be even, and a multiple of {HEAD} from there on"
+        )
 
 
 def activation_shape(op: str, shape: Shape) -> tuple[int, ...]:

@@ -119,6 +119,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
             axis.barh([k + i * height for k in range(len(chosen))], percents, height, label=name)
         axis.axvline(100, color="grey", linewidth=0.8)
         axis.set_yticks([k + 0.4 for k in range(len(chosen))], labels, fontsize=6)
+        axis.margins(y=0.01)
         axis.invert_yaxis()
         axis.set_xlabel("% of the copy bandwidth, counting unavoidable bytes")
         axis.set_title(direction)

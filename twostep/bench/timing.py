@@ -7,7 +7,6 @@ replays are timed by events, so that launch gaps do not count; launch overhead i
 from __future__ import annotations
 
 import ctypes
-import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,8 +21,8 @@ ROTATE_BYTES = {"cpu": 768 << 20, "cuda": 512 << 20}
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc reuse freed memory of any size. By default it returns blocks of 32 MiB and more to the kernel, and
-    then every candidate spends more time on page faults than on arithmetic."""
+    """Makes glibc reuse freed memory of any size. By default it returns large blocks to the kernel, and a call pays
+    for the page faults of every tensor that it makes: a fused operator for its outputs, eager code for every step."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -142,10 +141,11 @@ def launch_overhead(call: Callable[[], Any], device: str, count: int = 200) -> f
 
 
 def copy_calls(numel: int, dtype: torch.dtype, device: str) -> list[Callable[[], Any]]:
-    """Copies between rotating buffers of one activation's size: what the percentages are percentages of."""
+    """Copies of one activation into a new tensor, which is what the percentages are percentages of: like an operator, a
+    copy allocates what it returns."""
     count = rotations(2 * numel * dtype.itemsize, device)
-    buffers = [torch.ones(2, numel, dtype=dtype, device=device) for _ in range(count)]
-    return [functools.partial(pair[0].copy_, pair[1]) for pair in buffers]
+    buffers = torch.ones(count, numel, dtype=dtype, device=device)
+    return [buffer.clone for buffer in buffers]
 
 
 def saved_bytes(function: Callable[..., Any], inputs: Any) -> int:

@@ -7,8 +7,11 @@ form by views and, where dtypes are mixed, by casts that autograd sees.
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -26,6 +29,8 @@ def check_tensor(op: str, name: str, t: object) -> None:
         raise TypeError(f"{op}: {name} is {type(t).__name__}, expected a torch.Tensor")
     if t.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} has dtype {t.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{op}: {name} has layout {t.layout}, expected torch.strided: pass {name}.to_dense()")
 
 
 def check_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
@@ -39,7 +44,7 @@ def check_choice(op: str, name: str, value: str, accepted: tuple[str, ...]) -> N
 
 
 def check_eps(op: str, eps: float) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+    if isinstance(eps, bool) or not isinstance(eps, (float, numbers.Real, torch.SymFloat)):
         raise TypeError(f"{op}: eps is {type(eps).__name__}, expected a number")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{op}: eps is {eps}, expected a finite number that is not negative")
@@ -139,6 +144,10 @@ def parameter_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether a derivative may be asked for: by reverse mode, or by a function transform or forward mode, whose tensors
+    do not say so themselves."""
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -162,6 +171,6 @@ def check_freqs(op: str, freqs: Tensor, x: Tensor) -> Tensor:
             f"{op}: freqs has shape {shape_text(freqs)}, expected [1, {length}, {width // 2}, 2] or "
             f"[{batch}, {length}, {width // 2}, 2] (batch, length, pairs, cos and sin)"
         )
-    if freqs.requires_grad:
+    if freqs.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: freqs requires a gradient, and the table is a constant here: pass freqs.detach()")
     return freqs.to(accumulation_dtype(x))

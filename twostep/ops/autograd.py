@@ -18,6 +18,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 
+def _distinct(inputs: tuple[Any, ...]) -> list[Any]:
+    """Dynamo refuses one tensor in two places (a weight shared by two norms): the second becomes a view."""
+    distinct: list[Any] = []
+    for i, value in enumerate(inputs):
+        repeated = isinstance(value, Tensor) and any(value is earlier for earlier in inputs[:i])
+        distinct.append(value.view_as(value) if repeated else value)
+    return distinct
+
+
 def differentiable(function: type[Function]) -> Callable[..., Any]:
     """A callable that applies `function`, which defines forward(*inputs), setup_context and backward."""
 
@@ -33,7 +42,13 @@ def differentiable(function: type[Function]) -> Callable[..., Any]:
     Direct.__name__ = Direct.__qualname__ = function.__name__.lstrip("_")
 
     def apply(*inputs: Any) -> Any:
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            if torch._C._are_functorch_transforms_active():
+                # Dynamo would trace the operator without its derivative. Under fullgraph this is an error; otherwise
+                # the function runs uncompiled, and right.
+                raise RuntimeError(f"{Direct.__name__}: torch.func transforms inside torch.compile are not supported")
+            return Direct.apply(*_distinct(inputs))  # type: ignore[no-untyped-call]
+        if torch._C._are_functorch_transforms_active():
             return function.apply(*inputs)
         return Direct.apply(*inputs)  # type: ignore[no-untyped-call]
 
@@ -60,16 +75,17 @@ class _FirstOrder(Function):
 
 
 def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Marks a backward whose results cannot be differentiated again."""
+    """Marks a backward(ctx, saved tensors, *gradients) whose results cannot be differentiated again."""
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def wrapped(ctx: Any, *gradients: Tensor | None) -> Any:
+            saved = ctx.saved_tensors  # once: under checkpointing a second look would be an error
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                return backward(ctx, *gradients)
+                return backward(ctx, saved, *gradients)
             with torch.no_grad():
-                results = backward(ctx, *gradients)
-            tensors = (*results, *gradients, *ctx.saved_tensors)
+                results = backward(ctx, saved, *gradients)
+            tensors = (*results, *gradients, *saved)
             return _FirstOrder.apply(op, len(results), *tensors)  # type: ignore[no-untyped-call]
 
         return wrapped

@@ -69,10 +69,10 @@ class _GatedResidual(Function):
 
     @staticmethod
     @first_order("gated_residual")
-    def backward(ctx: Any, dout: Tensor | None, _: None) -> Any:
+    def backward(ctx: Any, saved: Any, dout: Tensor | None, _: None) -> Any:
         if dout is None or not any(ctx.needs_input_grad[1:4]):
             return dout, None, None, None, None, None, None
-        z, gate, weight, rstd = ctx.saved_tensors
+        z, gate, weight, rstd = saved
         _, need_z, need_gate, need_weight, *_ = ctx.needs_input_grad
         dz, dgate, dweight = torch.ops.twostep.gated_residual_backward(
             dout, z, gate, weight, rstd, *ctx.flags, need_gate, need_weight

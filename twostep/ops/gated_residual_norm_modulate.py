@@ -96,14 +96,19 @@ class _GatedResidualNormModulate(Function):
 
     @staticmethod
     @first_order("gated_residual_norm_modulate")
-    def backward(ctx: Any, dout: Tensor | None, dh: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Any, saved: Any, dout: Tensor | None, dh: Tensor | None, *_: None) -> Any:
         if dout is None and dh is None:
             return (None,) * 11
-        out, z, gate, post_weight, pre_weight, scale, *stats = ctx.saved_tensors
+        out, z, gate, post_weight, pre_weight, scale, *stats = saved
         _, need_z, need_gate, need_post_weight, need_pre_weight, need_scale, need_shift, *_ = ctx.needs_input_grad
         shift_per_token = need_shift and len(ctx.shift_shape) == 3 and ctx.shift_shape[1] != 1
         if dh is None:  # only the residual stream was used
-            dh = torch.zeros_like(out)
+            post_rms, _, tanh = ctx.flags
+            dz, dgate, dpost_weight = torch.ops.twostep.gated_residual_backward(
+                dout, z, gate, post_weight, stats[0], post_rms, tanh, need_gate, need_post_weight
+            )
+            wanted = (need_z, dz), (need_gate, dgate), (need_post_weight, dpost_weight)
+            return dout, *(gradient if need else None for need, gradient in wanted), *(None,) * 7
         dx, dz, dgate, dpost_weight, dpre_weight, dscale, dshift = (
             torch.ops.twostep.gated_residual_norm_modulate_backward(
                 dout,
@@ -124,7 +129,7 @@ class _GatedResidualNormModulate(Function):
                 need_shift and not shift_per_token,
             )
         )
-        dshift = dh.to(ctx.param_dtype) if shift_per_token else dshift
+        dshift = dh.to(ctx.param_dtype) if shift_per_token else dshift.view(ctx.shift_shape) if need_shift else None
         return (
             dx,
             dz if need_z else None,
@@ -132,7 +137,7 @@ class _GatedResidualNormModulate(Function):
             dpost_weight if need_post_weight else None,
             dpre_weight if need_pre_weight else None,
             dscale if need_scale else None,
-            dshift.view(ctx.shift_shape) if need_shift else None,
+            dshift,
             None,
             None,
             None,

@@ -70,10 +70,10 @@ class _NormModulate(Function):
 
     @staticmethod
     @first_order("norm_modulate")
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Any, saved: Any, dy: Tensor | None, *_: None) -> Any:
         if dy is None:
             return (None,) * 6
-        x, weight, scale, mean, rstd = ctx.saved_tensors
+        x, weight, scale, mean, rstd = saved
         _, need_weight, need_scale, need_shift, *_ = ctx.needs_input_grad
         shift_per_token = need_shift and len(ctx.shift_shape) == 3 and ctx.shift_shape[1] != 1
         dx, dweight, dscale, dshift = torch.ops.twostep.norm_modulate_backward(
@@ -89,12 +89,12 @@ class _NormModulate(Function):
             need_scale,
             need_shift and not shift_per_token,
         )
-        dshift = dy.to(ctx.param_dtype) if shift_per_token else dshift
+        dshift = dy.to(ctx.param_dtype) if shift_per_token else dshift.view(ctx.shift_shape) if need_shift else None
         return (
             dx,
             dweight if need_weight else None,
             dscale if need_scale else None,
-            dshift.view(ctx.shift_shape) if need_shift else None,
+            dshift,
             None,
             None,
         )

@@ -69,10 +69,10 @@ class _QkNormRope(Function):
 
     @staticmethod
     @first_order("qk_norm_rope")
-    def backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> Any:
+    def backward(ctx: Any, saved: Any, dq_out: Tensor, dk_out: Tensor) -> Any:
         need_q, need_k, need_q_weight, need_k_weight, *_ = ctx.needs_input_grad
         dq, dk, dq_weight, dk_weight = torch.ops.twostep.qk_norm_rope_backward(
-            dq_out, dk_out, *ctx.saved_tensors, ctx.eps, need_q_weight, need_k_weight
+            dq_out, dk_out, *saved, ctx.eps, need_q_weight, need_k_weight
         )
         return (
             dq if need_q else None,

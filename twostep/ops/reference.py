@@ -68,7 +68,7 @@ def gated_residual(
     """x + act(gate) * norm(z) * weight"""
     wide = accumulation_dtype(x)
     gate = _wide(align_modulation(gate, x), wide)
-    branch = _gated(_normalise(z.to(wide), norm, eps), gate, _wide(weight, wide), gate_act)
+    branch = _gated(_normalise(z.to(x.dtype).to(wide), norm, eps), gate, _wide(weight, wide), gate_act)
     return (x.to(wide) + branch).to(x.dtype)
 
 
@@ -89,7 +89,7 @@ def gated_residual_norm_modulate(
     """out = x + act(gate) * post_norm(z) * post_weight; h = norm(out) * pre_weight * (1 + scale) + shift"""
     wide = accumulation_dtype(x)
     gate, scale, shift = (_wide(align_modulation(m, x), wide) for m in (gate, scale, shift))
-    branch = _gated(_normalise(z.to(wide), post_norm, eps), gate, _wide(post_weight, wide), gate_act)
+    branch = _gated(_normalise(z.to(x.dtype).to(wide), post_norm, eps), gate, _wide(post_weight, wide), gate_act)
     out = (x.to(wide) + branch).to(x.dtype)
     h = _modulate(_normalise(out.to(wide), norm, eps), _wide(pre_weight, wide), scale, shift)
     return out, h.to(x.dtype)

@@ -42,8 +42,8 @@ class _Rope(Function):
 
     @staticmethod
     @first_order("rope")
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        (freqs,) = ctx.saved_tensors
+    def backward(ctx: Any, saved: Any, dy: Tensor) -> Any:
+        (freqs,) = saved
         return torch.ops.twostep.rope(dy, freqs, not ctx.inverse), None, None
 
 

@@ -38,8 +38,8 @@ class _Swiglu(Function):
 
     @staticmethod
     @first_order("swiglu")
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        gate, up = ctx.saved_tensors
+    def backward(ctx: Any, saved: Any, dy: Tensor) -> Any:
+        gate, up = saved
         dgate, dup = torch.ops.twostep.swiglu_backward(dy, gate, up)
         need_gate, need_up = ctx.needs_input_grad
         return dgate if need_gate else None, dup if need_up else None

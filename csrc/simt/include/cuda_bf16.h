@@ -16,7 +16,9 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   if (std::isnan(x)) return {0x7fff};
   return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};  // ties to even
 }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
 inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 pair) { return pair.x; }
 inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 pair) { return pair.y; }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
