@@ -44,6 +44,7 @@ def candidate(request: pytest.FixtureRequest) -> str:
 def time_op(
     benchmark: Any, shape: cases.Shape, dtype: torch.dtype, direction: str, candidate: str
 ) -> Callable[[str], None]:
+    @timing.keep_for_another_backward
     def run(op: str) -> None:
         timing.keep_freed_memory()
         floor = dict(zip(("forward", "backward"), cases.floor_bytes(op, shape, dtype), strict=True))

@@ -80,6 +80,7 @@ def relative_errors(
     return errors
 
 
+@timing.keep_for_another_backward
 def measure(
     op: str,
     shape: Shape,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 # A set of inputs is used again only after this many bytes have gone by: several times the L2 of a GPU (60 MB on an
 # H200), and on a CPU more than the part of a shared last-level cache that two cores can count on.
@@ -54,6 +55,10 @@ def both(function: Callable[..., Any], inputs: Any) -> Callable[[], Any]:
         return torch.autograd.grad(as_tuple(function(**inputs.arguments, **inputs.options)), wanted, inputs.incoming)
 
     return call
+
+
+# A compiled backward overwrites what its forward kept unless it is told that it will run again.
+keep_for_another_backward = functorch_config.patch(donated_buffer=False)
 
 
 def backward(function: Callable[..., Any], inputs: Any) -> Callable[[], Any]:
