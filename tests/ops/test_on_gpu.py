@@ -49,6 +49,13 @@ def test_the_widths_that_count(op: str, width: int) -> None:
         oracle.check(sample(op, torch.bfloat16, "cuda", batch=2, length=300, per_token=per_token, **size))
 
 
+def test_layer_norm_survives_a_large_mean() -> None:
+    x = torch.randn(2, 4, 512, device="cuda") + 1000.0
+    exact = ops.reference.norm_modulate(x.double(), norm="layer")
+    eager = torch.nn.functional.layer_norm(x, (512,))
+    assert (ops.norm_modulate(x, norm="layer") - exact).norm() <= 2 * (eager - exact).norm()
+
+
 @every_op
 def test_float64_falls_back_to_the_reference_and_says_so(op: str) -> None:
     case = sample(op, torch.float64, "cuda")

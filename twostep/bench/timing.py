@@ -10,7 +10,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -57,8 +57,12 @@ def both(function: Callable[..., Any], inputs: Any) -> Callable[[], Any]:
     return call
 
 
-# A compiled backward overwrites what its forward kept unless it is told that it will run again.
-keep_for_another_backward = functorch_config.patch(donated_buffer=False)
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def keep_for_another_backward(function: Function) -> Function:
+    """Inside this function torch.compile makes backwards that may run again; else they overwrite what forward kept."""
+    return cast(Function, functorch_config.patch(donated_buffer=False)(function))
 
 
 def backward(function: Callable[..., Any], inputs: Any) -> Callable[[], Any]:
