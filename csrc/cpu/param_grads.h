@@ -26,9 +26,9 @@ constexpr int64_t kColumnBlock = 256;
 template <class A>
 void reduce_columns(const ParamGrads& g, int64_t column, int64_t n) {
   A weight[kColumnBlock], value[kColumnBlock], derivative[kColumnBlock], total[kColumnBlock];
-  A dweight[kColumnBlock], recent[kColumnBlock];  // the sum over samples: all before the last fold, and since then
+  A dweight[kColumnBlock], lost[kColumnBlock];  // the sum over samples, and what its last rounding lost (Kahan)
   fill_row(dweight, n, A{0});
-  fill_row(recent, n, A{0});
+  fill_row(lost, n, A{0});
   load_weight(g.param_dtype, g.weight, column, n, weight);
   for (int64_t b = 0; b < g.batch; ++b) {
     const A* runs = static_cast<const A*>(g.partials) + b * g.splits * g.width + column;
@@ -46,16 +46,13 @@ void reduce_columns(const ParamGrads& g, int64_t column, int64_t n) {
                     derivative);
     for_vectors<A>(n, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
       const Vec<A> t = load(total + d, lanes);
-      store(recent + d, load(recent + d, lanes) + load(value + d, lanes) * t, lanes);
+      const Vec<A> before = load(dweight + d, lanes), term = load(value + d, lanes) * t - load(lost + d, lanes);
+      const Vec<A> after = before + term;
+      store(lost + d, (after - before) - term, lanes);
+      store(dweight + d, after, lanes);
       store(total + d, load(derivative + d, lanes) * load(weight + d, lanes) * t, lanes);
     });
     if (g.dsample) store_params(g.param_dtype, g.dsample, b * g.width + column, n, total);
-    if ((b + 1) % kFold == 0 || b + 1 == g.batch) {
-      for_vectors<A>(n, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
-        store(dweight + d, load(dweight + d, lanes) + load(recent + d, lanes), lanes);
-      });
-      fill_row(recent, n, A{0});
-    }
   }
   if (g.dweight) store_params(g.param_dtype, g.dweight, column, n, dweight);
 }

@@ -11,7 +11,7 @@ from twostep.ops import library
 
 def available_isas() -> list[str]:
     if not library.build_info()["usable"]:
-        return []
+        raise RuntimeError(f"the tests need the compiled library: {library.build_info()['reason']}")
     chosen = library.cpu_isa()
     found = []
     for isa in ("avx512", "avx2", "portable"):
