@@ -1,4 +1,4 @@
-# make test     venv, install, build, all tests          make demo    the kernels beside PyTorch, as a table
+# make test     venv, install, build, all tests          make demo    a two-step student of the miniature, made and measured
 # make lint     ruff, clang-format, mypy                 make format  what lint wants, applied
 # make sanitize the ops' tests under ASan and UBSan      make cuda-compile   compile the CUDA kernels, GPU or not
 #
@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-EXTRAS := test,bench,zoo,dev
+EXTRAS := test,bench,train,dev
 PYTEST_ARGS ?=
 
 # The parts of the package that exist; a new one asks for a new install, since the installer maps folders to names.
@@ -29,7 +29,7 @@ test: $(INSTALLED)
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 demo: $(INSTALLED)
-	$(BIN)/twostep bench
+	$(BIN)/twostep demo
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: there is no $(PYTHON); name a Python from 3.10 on:  make PYTHON=/path/to/python3" >&2; exit 1; }

@@ -4,10 +4,10 @@
 #   benchmarks/gpu.sh OUTDIR
 #
 # Builds against the torch that `python3` has (PYTHON=... chooses another), runs the GPU tests, compute-sanitizer over
-# every kernel, and the kernel table. It needs no network: wheels of missing packages and of peers (liger-kernel, quack,
+# every kernel, the kernel table, the models beside stock diffusers and the two-step backward's memory. It needs no network: wheels of missing packages and of peers (liger-kernel, quack,
 # diffusers, ...) are taken from the folder WHEELS (default: wheels/, then .whl/), if there is one. Every stage has a time
 # limit and leaves its log in OUTDIR; a stage that fails does not stop the next, and the exit status is the number of
-# stages that failed.
+# stages that failed. STAGES="build kernels" runs only those (of: build tests sanitizer kernels models unroll).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -eq 1 ] || { echo "usage: benchmarks/gpu.sh OUTDIR" >&2; exit 64; }
@@ -19,6 +19,7 @@ export PYTHONUNBUFFERED=1
 stage() { # name, seconds, command...
   local name=$1 limit=$2 start=$SECONDS
   shift 2
+  [[ -z "${STAGES:-}" || " $STAGES " == *" $name "* ]] || return 0
   timeout "$limit" "$@" >"$out/$name.log" 2>&1
   local status=$?
   [ $status -eq 0 ] || failed=$((failed + 1))
@@ -51,9 +52,11 @@ tests() { "$python" -m pytest -p no:cacheprovider -m gpu tests -q; }
 stage build 240 build
 stage tests 150 tests
 stage sanitizer 100 sanitize
-stage kernels 200 "$python" -m twostep bench --device cuda --seconds 0.05 --out "$out" \
+stage models 90 "$python" benchmarks/stock_vs_fused.py --device cuda --seconds 0.5 --out "$out"
+stage unroll 60 "$python" -m twostep bench unroll --device cuda
+stage kernels 180 "$python" -m twostep bench --device cuda --seconds 0.03 --out "$out" \
   --shapes 4x4608x3840 1x4608x3840 4x1152x3840 1x1152x3840 4x4608x3072 4x4608x4096
-tail -n 12 "$out/kernels.log"
+[ -f "$out/kernels.log" ] && tail -n 12 "$out/kernels.log"
 rm -rf "$site"
 cat "$out/summary.txt"
 exit $failed

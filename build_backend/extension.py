@@ -2,7 +2,7 @@
 
 What is compiled follows from where a file stands in csrc, so that adding an op adds no line here:
 
-    bindings.cpp      once, against torch's headers (the LibTorch stable ABI): the only file that knows torch
+    bindings/*.cpp    once each, against torch's headers (the LibTorch stable ABI): the only files that know torch
     <op>.cpp          once per instruction set, with -DTWOSTEP_ISA=portable | avx2 | avx512
     cpu/*.cpp         once: chooses among those at run time
     *.cu, cuda/*.cu   once each, by nvcc, in CUDA builds
@@ -117,16 +117,16 @@ def _compile_steps(plan: Plan) -> list[tuple[str, Path, Path, list[str]]]:
         for path in sorted([*(ROOT / csrc).glob("*.cu"), *(ROOT / csrc / "cuda").glob("*.cu")]):
             source = path.relative_to(ROOT)
             steps.append(("nvcc", source, plan.folder / source.with_suffix(".cu.o"), []))
+    major, minor = parse_version(ABI_TARGET)
+    flags = [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
+    flags += [f"-isystem{folder}" for folder in plan.torch.include_dirs]
+    if plan.toolkit is not None:
+        flags += ["-DTWOSTEP_CUDA", f"-isystem{plan.toolkit.include}"]
+    for path in sorted((ROOT / csrc / "bindings").glob("*.cpp"), reverse=True):
+        source = path.relative_to(ROOT)
+        steps.insert(0, ("cxx", source, plan.folder / source.with_suffix(".o"), flags))
     for path in sorted((ROOT / csrc).glob("*.cpp")):
         source = path.relative_to(ROOT)
-        if path.name == "bindings.cpp":
-            major, minor = parse_version(ABI_TARGET)
-            flags = [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
-            flags += [f"-isystem{folder}" for folder in plan.torch.include_dirs]
-            if plan.toolkit is not None:
-                flags += ["-DTWOSTEP_CUDA", f"-isystem{plan.toolkit.include}"]
-            steps.insert(0, ("cxx", source, plan.folder / source.with_suffix(".o"), flags))
-            continue
         for isa in _isas():
             flags = [f"-DTWOSTEP_ISA={isa}", *ISA_FLAGS[isa]]
             steps.append(("cxx", source, plan.folder / source.with_suffix(f".{isa}.o"), flags))

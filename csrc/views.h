@@ -34,6 +34,20 @@ struct HeadsOf {
 using Heads = HeadsOf<void*>;
 using ConstHeads = HeadsOf<const void*>;
 
+// Element i of sample b of a [batch, size] tensor is data[b * stride + i]: for ops that know no rows, such as the steps
+// of a sampler. A stride of 0 gives every sample the same elements.
+template <class Pointer>
+struct SamplesOf {
+  Pointer data = nullptr;
+  int64_t stride = 0;
+};
+using ConstSamples = SamplesOf<const void*>;
+
+// A sum over a sample is cut into pieces of so many elements, each is added up on its own, and the pieces' sums in
+// order, in double: results depend on the shape alone. A piece is what a block of 256 threads takes in with all its
+// loads in flight, and what a first-level cache holds.
+constexpr int64_t sample_piece = 4096;
+
 enum class Norm : int { none = 0, rms = 1, layer = 2 };
 enum class GateAct : int { none = 0, tanh = 1 };
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, so that a verdict depends on the code alone; --hypothesis-profile=random draws others.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("random", derandomize=False)
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,6 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FOLDER",
         help="fail at once unless twostep is imported from this folder; for tests of a second installation",
     )
+    parser.addoption("--malloc", action="store_true", help="also hold dry runs to malloc's own count: many minutes")
+    parser.addoption("--write-tables", action="store_true", help="write the tables of docs/ that tests produce")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -27,7 +27,10 @@ from twostep.version import __version__
 
 State = Literal["ok", "info", "warning", "broken"]
 
-OPS = ("norm_modulate", "gated_residual", "gated_residual_norm_modulate", "qk_norm_rope", "rope", "swiglu")
+OPS = (
+    *("norm_modulate", "gated_residual", "gated_residual_norm_modulate", "qk_norm_rope", "rope", "swiglu"),
+    *("euler_step", "two_step_split", "inject_gradient", "gradient_norms", "dmd_direction"),
+)
 # Distribution, and a statement that needs the whole of it: diffusers and transformers import their parts lazily.
 OPTIONAL = {
     "diffusers": "from diffusers import AutoencoderKL",

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# The oldest torch whose stable ABI has every shim that bindings.cpp calls.
+# The oldest torch whose stable ABI has every shim that csrc/bindings calls.
 ABI_TARGET = "2.10"
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 # Memory to keep for one compiler. Peaks seen: g++ 12 at 0.6 GiB (gated_residual_norm_modulate with sanitizers),

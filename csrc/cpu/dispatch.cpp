@@ -25,6 +25,12 @@ namespace twostep::cpu {
   void rope(const Rope&);                                                               \
   void swiglu_forward(const SwigluForward&);                                            \
   void swiglu_backward(const SwigluBackward&);                                          \
+  void euler_step_forward(const EulerStepForward&);                                     \
+  void euler_step_backward(const EulerStepBackward&);                                   \
+  void two_step_split_forward(const TwoStepSplitForward&);                              \
+  void two_step_split_backward(const TwoStepSplitBackward&);                            \
+  void gradient_norms(const GradientNorms&);                                            \
+  void dmd_direction(const DmdDirection&);                                              \
   const Kernels kernels = {#isa,                                                        \
                            norm_modulate_forward,                                       \
                            norm_modulate_backward,                                      \
@@ -36,7 +42,13 @@ namespace twostep::cpu {
                            qk_norm_rope_backward,                                       \
                            rope,                                                        \
                            swiglu_forward,                                              \
-                           swiglu_backward};                                            \
+                           swiglu_backward,                                             \
+                           euler_step_forward,                                          \
+                           euler_step_backward,                                         \
+                           two_step_split_forward,                                      \
+                           two_step_split_backward,                                     \
+                           gradient_norms,                                              \
+                           dmd_direction};                                              \
   }
 
 TWOSTEP_DECLARE(portable)

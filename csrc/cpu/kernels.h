@@ -2,12 +2,16 @@
 // table() holds the set chosen for this processor at load (or by select_isa, for tests and benchmarks).
 #pragma once
 
+#include "../dmd_direction.h"
+#include "../euler_step.h"
 #include "../gated_residual.h"
 #include "../gated_residual_norm_modulate.h"
+#include "../gradient_norms.h"
 #include "../norm_modulate.h"
 #include "../qk_norm_rope.h"
 #include "../rope.h"
 #include "../swiglu.h"
+#include "../two_step_split.h"
 
 namespace twostep::cpu {
 
@@ -24,6 +28,12 @@ struct Kernels {
   void (*rope)(const Rope&);
   void (*swiglu_forward)(const SwigluForward&);
   void (*swiglu_backward)(const SwigluBackward&);
+  void (*euler_step_forward)(const EulerStepForward&);
+  void (*euler_step_backward)(const EulerStepBackward&);
+  void (*two_step_split_forward)(const TwoStepSplitForward&);
+  void (*two_step_split_backward)(const TwoStepSplitBackward&);
+  void (*gradient_norms)(const GradientNorms&);
+  void (*dmd_direction)(const DmdDirection&);
 };
 
 const Kernels& table();

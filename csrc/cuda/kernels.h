@@ -5,12 +5,16 @@
 
 #include <cuda_runtime.h>
 
+#include "../dmd_direction.h"
+#include "../euler_step.h"
 #include "../gated_residual.h"
 #include "../gated_residual_norm_modulate.h"
+#include "../gradient_norms.h"
 #include "../norm_modulate.h"
 #include "../qk_norm_rope.h"
 #include "../rope.h"
 #include "../swiglu.h"
+#include "../two_step_split.h"
 
 namespace twostep::cuda {
 
@@ -25,6 +29,12 @@ cudaError_t qk_norm_rope_backward(const QkNormRopeBackward&, cudaStream_t);
 cudaError_t rope(const Rope&, cudaStream_t);
 cudaError_t swiglu_forward(const SwigluForward&, cudaStream_t);
 cudaError_t swiglu_backward(const SwigluBackward&, cudaStream_t);
+cudaError_t euler_step_forward(const EulerStepForward&, cudaStream_t);
+cudaError_t euler_step_backward(const EulerStepBackward&, cudaStream_t);
+cudaError_t two_step_split_forward(const TwoStepSplitForward&, cudaStream_t);
+cudaError_t two_step_split_backward(const TwoStepSplitBackward&, cudaStream_t);
+cudaError_t gradient_norms(const GradientNorms&, cudaStream_t);
+cudaError_t dmd_direction(const DmdDirection&, cudaStream_t);
 
 // How many runs a sample's rows are cut into in a backward on the current device: a small multiple of its
 // multiprocessors in all, at least one a sample. Fixed by the shape and the device.

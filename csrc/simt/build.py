@@ -38,7 +38,7 @@ class Substitution:
 def _sources(csrc: Path, changes: Iterable[Substitution]) -> dict[str, str]:
     files = [p for p in csrc.rglob("*") if p.suffix in {".h", ".cuh", ".cu", ".cpp"}]
     texts = {p.relative_to(csrc).as_posix(): p.read_text() for p in files}
-    texts = {name: text for name, text in texts.items() if not name.startswith("cpu/") and name != "bindings.cpp"}
+    texts = {name: text for name, text in texts.items() if not name.startswith(("cpu/", "bindings/"))}
     for change in changes:
         texts[change.file] = change.apply(texts[change.file])
     return texts

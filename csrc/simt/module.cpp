@@ -2,8 +2,8 @@
 // holds.
 //
 // Tensors come as tuples of an address and strides: (data, batch_stride, token_stride) for rows, (data, heads,
-// batch_stride, token_stride, head_stride) for heads, an address or None for contiguous ones. What is missing is
-// absent.
+// batch_stride, token_stride, head_stride) for heads, (data, stride, 0) for samples, an address or None for contiguous
+// ones. What is missing is absent.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -37,6 +37,10 @@ struct Call {
     const auto [data, heads, batch, token, head] =
         fields[name].cast<std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>>();
     return {reinterpret_cast<const void*>(data), heads, batch, token, head};
+  }
+  ConstSamples samples(const char* name) const {
+    const auto [data, stride, none] = rows(name);
+    return {data, stride};
   }
   Partials partials() const { return {pointer("partials"), get<int64_t>("splits", 1)}; }
 
@@ -230,6 +234,81 @@ int swiglu_backward(const Call& c) {
   return cuda::swiglu_backward(p, nullptr);
 }
 
+template <class Problem>
+Problem of_samples(const Call& c) {
+  Problem p{};
+  p.dtype = c.dtype("dtype");
+  p.batch = c.number("batch");
+  p.size = c.number("size");
+  return p;
+}
+
+int euler_step_forward(const Call& c) {
+  auto p = of_samples<EulerStepForward>(c);
+  p.velocity_dtype = c.dtype("velocity_dtype");
+  p.delta = c.get("delta", 0.);
+  p.deltas = c.pointer("deltas");
+  p.x = c.samples("x");
+  p.v = c.samples("v");
+  p.y = c.pointer("y");
+  return cuda::euler_step_forward(p, nullptr);
+}
+
+int euler_step_backward(const Call& c) {
+  auto p = of_samples<EulerStepBackward>(c);
+  p.velocity_dtype = c.dtype("velocity_dtype");
+  p.delta = c.get("delta", 0.);
+  p.deltas = c.pointer("deltas");
+  p.dy = c.samples("dy");
+  p.dv = c.pointer("dv");
+  return cuda::euler_step_backward(p, nullptr);
+}
+
+int two_step_split_forward(const Call& c) {
+  auto p = of_samples<TwoStepSplitForward>(c);
+  p.velocity_dtype = c.dtype("velocity_dtype");
+  p.step = c.get("step", 0.);
+  p.noise = c.samples("noise");
+  p.v = c.samples("v");
+  p.z = c.pointer("z_out");
+  p.x_a = c.pointer("x_a");
+  return cuda::two_step_split_forward(p, nullptr);
+}
+
+int two_step_split_backward(const Call& c) {
+  auto p = of_samples<TwoStepSplitBackward>(c);
+  p.velocity_dtype = c.dtype("velocity_dtype");
+  p.coefficient = c.get("coefficient", 0.);
+  p.factors = c.pointer("factors");
+  p.factor_stride = c.get<int64_t>("factor_stride", 0);
+  p.inherited = c.samples("inherited");
+  p.own = c.samples("own");
+  p.dv = c.pointer("dv");
+  return cuda::two_step_split_backward(p, nullptr);
+}
+
+int gradient_norms(const Call& c) {
+  auto p = of_samples<GradientNorms>(c);
+  p.g = c.samples("g");
+  p.partials = c.pointer("partials");
+  p.norms = c.pointer("norms");
+  p.total = c.pointer("total");
+  return cuda::gradient_norms(p, nullptr);
+}
+
+int dmd_direction(const Call& c) {
+  auto p = of_samples<DmdDirection>(c);
+  p.prediction_dtype = c.dtype("prediction_dtype");
+  p.eps = c.eps();
+  p.x = c.samples("x");
+  p.real = c.samples("real");
+  p.fake = c.samples("fake");
+  p.partials = c.pointer("partials");
+  p.scales = c.pointer("scales");
+  p.direction = c.pointer("direction");
+  return cuda::dmd_direction(p, nullptr);
+}
+
 template <int (*Launcher)(const Call&)>
 int call(py::dict fields) {
   return Launcher(Call{std::move(fields)});
@@ -286,6 +365,12 @@ PYBIND11_MODULE(twostep_simt, m) {
   m.def("rope", &call<rope>);
   m.def("swiglu_forward", &call<swiglu_forward>);
   m.def("swiglu_backward", &call<swiglu_backward>);
+  m.def("euler_step_forward", &call<euler_step_forward>);
+  m.def("euler_step_backward", &call<euler_step_backward>);
+  m.def("two_step_split_forward", &call<two_step_split_forward>);
+  m.def("two_step_split_backward", &call<two_step_split_backward>);
+  m.def("gradient_norms", &call<gradient_norms>);
+  m.def("dmd_direction", &call<dmd_direction>);
   m.def("splits", &cuda::splits, py::arg("batch"), py::arg("length"), py::arg("width"));
   m.def("provoke", &provoke);
 

@@ -20,7 +20,7 @@ def lines(
     extension: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, torch_files: MakeTorch
 ) -> Callable[..., list[str]]:
     """The lines of the build.ninja for a small csrc; `machine` and the parts of the plan can be chosen."""
-    for name in ("bindings.cpp", "rope.cpp", "rope.cu", "cpu/dispatch.cpp", "cuda/device.cu", "simt/module.cpp"):
+    for name in ("bindings/library.cpp", "rope.cpp", "rope.cu", "cpu/dispatch.cpp", "cuda/device.cu", "simt/module.cpp"):
         (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "csrc" / name).touch()
     monkeypatch.setattr(extension, "ROOT", tmp_path)
@@ -47,7 +47,7 @@ CUDA = {"toolkit": Toolkit(Path("/cuda/bin/nvcc"), "13.0", Path("/cuda/include")
 
 def test_an_op_is_compiled_once_per_instruction_set_and_the_rest_once(lines: Callable[..., list[str]]) -> None:
     assert sorted(objects(lines())) == [
-        "build/cpu/csrc/bindings.o",
+        "build/cpu/csrc/bindings/library.o",
         "build/cpu/csrc/cpu/dispatch.o",
         "build/cpu/csrc/rope.avx2.o",
         "build/cpu/csrc/rope.avx512.o",
@@ -71,8 +71,8 @@ def test_other_processors_get_the_portable_kernels(lines: Callable[..., list[str
 
 def test_only_the_bindings_see_torch_and_they_are_held_to_the_stable_abi(lines: Callable[..., list[str]]) -> None:
     text = lines()
-    assert [line for line in text if "torch/include" in line] == [flags(text, "build/cpu/csrc/bindings.o")]
-    assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in flags(text, "build/cpu/csrc/bindings.o")
+    assert [line for line in text if "torch/include" in line] == [flags(text, "build/cpu/csrc/bindings/library.o")]
+    assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in flags(text, "build/cpu/csrc/bindings/library.o")
 
 
 def test_a_cuda_build_adds_the_kernels_for_each_arch(lines: Callable[..., list[str]]) -> None:
@@ -82,7 +82,7 @@ def test_a_cuda_build_adds_the_kernels_for_each_arch(lines: Callable[..., list[s
     for code in ("code=sm_90", "code=sm_120", "code=compute_120"):
         assert code in command
     assert "code=compute_90" not in command
-    assert "-DTWOSTEP_CUDA" in flags(text, "build/cuda/csrc/bindings.o")
+    assert "-DTWOSTEP_CUDA" in flags(text, "build/cuda/csrc/bindings/library.o")
     link = next(line for line in text if "-shared" in line)
     assert "-lcudart_static -ldl -lrt -lpthread" in link
 
@@ -102,4 +102,4 @@ def test_a_sanitized_build_goes_to_a_folder_of_its_own(lines: Callable[..., list
 
 def test_paths_with_spaces_reach_the_compiler_whole(lines: Callable[..., list[str]], torch_files: MakeTorch) -> None:
     torch = TorchFiles("2.13.0", None, Path("/my packages/torch"))
-    assert "'-isystem/my packages/torch/include'" in flags(lines(torch=torch), "build/cpu/csrc/bindings.o")
+    assert "'-isystem/my packages/torch/include'" in flags(lines(torch=torch), "build/cpu/csrc/bindings/library.o")

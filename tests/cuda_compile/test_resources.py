@@ -177,7 +177,7 @@ def wide_accesses(entry: Entry, kind: str) -> list[str]:
     return re.findall(rf"{kind}\.global\S*\.v4\S* .*", entry.body)
 
 
-@pytest.mark.parametrize("source", [s for s in WITH_KERNELS if s != "cuda/column_sums.cu"])
+@pytest.mark.parametrize("source", [s for s in WITH_KERNELS if not s.startswith("cuda/")])
 def test_aligned_variants_move_16_bytes_at_a_time(entries: dict[str, list[Entry]], source: str) -> None:
     aligned = [e for e in entries[source] if e.shape[0] * e.element == 16]
     assert aligned and len(aligned) < len(entries[source])
@@ -192,3 +192,12 @@ def test_aligned_variants_move_16_bytes_at_a_time(entries: dict[str, list[Entry]
     for entry in entries[source]:
         if entry.element == 2 and entry not in aligned:
             assert narrow_accesses(entry), entry.kernel
+
+
+def test_sums_over_samples_read_16_bytes_at_a_time(entries: dict[str, list[Entry]]) -> None:
+    pieces = [e for e in entries["cuda/sample_sums.cu"] if "sum_pieces" in e.kernel]
+    assert len(pieces) == 2 * (5 + 3)  # differences of five pairs of dtypes, squares of three, aligned or not
+    for entry in pieces:
+        aligned = entry.shape[0] * entry.element == 16
+        assert bool(wide_accesses(entry, "ld")) == aligned, entry.kernel
+        assert aligned is False or narrow_accesses(entry) == []

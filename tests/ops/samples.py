@@ -7,7 +7,17 @@ from torch import Tensor
 
 from .oracle import Case
 
-OPS = ("norm_modulate", "gated_residual", "gated_residual_norm_modulate", "qk_norm_rope", "rope", "swiglu")
+OPS = (
+    "norm_modulate",
+    "gated_residual",
+    "gated_residual_norm_modulate",
+    "qk_norm_rope",
+    "rope",
+    "swiglu",
+    "euler_step",
+    "two_step_split",
+)
+DATA_OPS = ("inject_gradient", "gradient_norms", "dmd_direction")  # what they return carries no gradient
 
 
 def sample(
@@ -55,4 +65,17 @@ def sample(
         return Case(op, {**qk, "q_weight": randn(width), "k_weight": randn(width), "freqs": table()})
     if op == "rope":
         return Case(op, {"x": randn(batch, length, heads, width), "freqs": table()})
+    if op == "euler_step":
+        deltas = torch.randn(batch, generator=generator).to(device)
+        return Case(op, {"x": randn(batch, length, width), "v": randn(batch, length, width), "delta": deltas})
+    if op == "two_step_split":
+        tensors = {"noise": randn(batch, length, width), "v": randn(batch, length, width)}
+        return Case(op, tensors, {"mid": 0.75})
+    if op == "inject_gradient":
+        tensors = {"inherited": randn(batch, length, width), "own": randn(batch, length, width)}
+        return Case(op, {**tensors, "factor": torch.rand(batch, generator=generator).to(device)}, {"mid": 0.75})
+    if op == "gradient_norms":
+        return Case(op, {"g": randn(batch, length, width)})
+    if op == "dmd_direction":
+        return Case(op, {name: randn(batch, length, width) for name in ("x", "real_clean", "fake_clean")})
     return Case(op, {"gate": randn(batch, length, width), "up": randn(batch, length, width)})

@@ -176,3 +176,52 @@ def swiglu(draw: Any, dtype: torch.dtype, device: str = "cpu") -> Case:
     tensors, (batch, length, width) = Draw(draw, dtype, device), _shape(draw)
     shape = draw(st.sampled_from([(width,), (length, width), (batch, length, width), (batch, length, 2, width)]))
     return Case("swiglu", {"gate": tensors.activation(*shape), "up": tensors.activation(*shape)})
+
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def _samples(draw: Any) -> tuple[int, ...]:
+    """[batch, ...] of any rank: latents, tokens, numbers; also longer than a piece of csrc/views.h's sample_piece."""
+    sizes = st.sampled_from([1, 2, 3, 7, 8, 16, 33, 64])
+    shape = draw(st.lists(sizes, min_size=0, max_size=3))
+    return (draw(st.integers(1, 3)), *shape) if draw(st.booleans()) else (draw(st.integers(1, 3)), 3, 45, 67)
+
+
+def network_dtype(draw: Any, dtype: torch.dtype) -> torch.dtype:
+    """What the network gives beside a state of that dtype: the same, 16 bits beside float32, or something odd."""
+    usual = [dtype, *NARROW] if dtype == torch.float32 else [dtype]
+    return draw(st.sampled_from(usual * 3 + [torch.float32]))
+
+
+def state(tensors: Draw, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """A state or a velocity: contiguous, channels last, some channels of more, one sample for all, every other one."""
+    layout = tensors.draw(st.sampled_from(["contiguous", "channels last", "channels", "expanded", "every other"]))
+    if layout == "channels last" and len(shape) > 2:
+        return tensors.randn(shape[0], *shape[2:], shape[1], dtype=dtype).movedim(-1, 1)
+    if layout == "channels" and len(shape) > 1:
+        return tensors.randn(shape[0], 3 * shape[1], *shape[2:], dtype=dtype)[:, shape[1] : 2 * shape[1]]
+    if layout == "expanded":
+        return tensors.randn(1, *shape[1:], dtype=dtype).expand(shape)
+    if layout == "every other":
+        return tensors.randn(2 * shape[0], *shape[1:], dtype=dtype)[::2]
+    return tensors.randn(*shape, dtype=dtype)
+
+
+@st.composite
+def euler_step(draw: Any, dtype: torch.dtype, device: str = "cpu") -> Case:
+    tensors, shape = Draw(draw, dtype, device), _samples(draw)
+    x, v = state(tensors, shape), state(tensors, shape, network_dtype(draw, dtype))
+    form = draw(st.sampled_from(["number", "shared", "per sample"]))
+    if form == "number":
+        return Case("euler_step", {"x": x, "v": v}, {"delta": draw(st.sampled_from([-1.0, -0.25, 0.1, 0]))})
+    delta = tensors.randn(*([shape[0]] if form == "per sample" else []), dtype=torch.float32)
+    return Case("euler_step", {"x": x, "v": v, "delta": delta})
+
+
+@st.composite
+def two_step_split(draw: Any, dtype: torch.dtype, device: str = "cpu") -> Case:
+    tensors, shape = Draw(draw, dtype, device), _samples(draw)
+    noise, v = state(tensors, shape), state(tensors, shape, network_dtype(draw, dtype))
+    options = {"mid": draw(st.sampled_from([0.75, 0.5, 0.9])), "inherit": draw(st.sampled_from([1.0, 0.1, 0.0]))}
+    return Case("two_step_split", {"noise": noise, "v": v}, options)

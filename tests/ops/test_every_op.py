@@ -232,14 +232,12 @@ def test_activation_checkpointing(op: str, reentrant: bool) -> None:
             use_reentrant=reentrant,
         )
 
-    case.options = {}
     _assert_equal(_everything(case, function), _everything(case))
 
 
 @every_op
 def test_selective_activation_checkpointing(op: str) -> None:
     case = sample(op, torch.float64)
-    case.options = {}
     kept = getattr(torch.ops.twostep, op).default
 
     def policy(_: Any, func: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
@@ -313,16 +311,17 @@ def test_a_function_transform_inside_compile_is_right_or_an_error(op: str) -> No
 def test_one_tensor_in_two_places(op: str) -> None:
     case = sample(op)
     shared = {"up": "gate", "k": "q", "k_weight": "q_weight", "z": "x", "pre_weight": "post_weight", "shift": "scale"}
+    shared |= {"v": "noise"} if op == "two_step_split" else {"v": "x"}
     case.tensors.update({n: case.tensors[o] for n, o in shared.items() if n in case.tensors and o in case.tensors})
 
     def total(function: Any) -> list[Tensor]:
-        unique = {id(t): t.clone().requires_grad_() for t in case.tensors.values()}
-        outputs = as_tuple(function({n: unique[id(t)] for n, t in case.tensors.items() if n != "freqs"}))
-        leaves = [t for t in unique.values() if t.shape != case.tensors.get("freqs", torch.empty(0)).shape]
-        return list(torch.autograd.grad(sum(o.square().sum() for o in outputs), leaves))
+        leaves = {n: t for n, t in case.tensors.items() if n not in case.constants}
+        unique = {id(t): t.clone().requires_grad_() for t in leaves.values()}
+        outputs = as_tuple(function({n: unique[id(t)] for n, t in leaves.items()}))
+        return list(torch.autograd.grad(sum(o.square().sum() for o in outputs), list(unique.values())))
 
     def call(arguments: dict[str, Tensor]) -> Any:
-        rest = {"freqs": case.tensors["freqs"]} if "freqs" in case.tensors else {}
+        rest = {n: t for n, t in case.tensors.items() if n in case.constants}
         return getattr(ops, op)(**arguments, **rest, **case.options)
 
     torch._dynamo.reset()
@@ -334,7 +333,6 @@ def test_one_tensor_in_two_places(op: str) -> None:
 @every_op
 def test_checkpointing_with_create_graph(op: str) -> None:
     case = sample(op, torch.float64)
-    case.options = {}
     leaves = case.leaves(lambda t: t.clone())
     wanted = [t for t in leaves.values() if t is not None and t.requires_grad]
     outputs = checkpoint.checkpoint(lambda: as_tuple(_call(case, leaves)), use_reentrant=False)

@@ -85,6 +85,10 @@ def test_an_unknown_instruction_set_is_refused() -> None:
             "dy must have the first tensor's shape",
         ),
         (
+            lambda: torch.ops.twostep.swiglu_halves_backward(torch.ones(2, 3, 4), torch.ones(2, 3, 7)),
+            r"halves must be \[batch, length, 2 \* width\]",
+        ),
+        (
             lambda: torch.ops.twostep.gated_residual_backward(
                 *(torch.ones(2, 3, 4),) * 2, None, None, torch.ones(2, 2), True, True, False, False
             ),

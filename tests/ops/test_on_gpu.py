@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twostep import ops
+from twostep.ops import arguments
 
 from . import oracle, strategies
 from .oracle import Case, as_tuple
-from .samples import OPS, sample
+from .samples import DATA_OPS, OPS, sample
 
 pytestmark = pytest.mark.gpu
 every_op = pytest.mark.parametrize("op", OPS)
@@ -134,7 +135,11 @@ def test_opcheck(op: str) -> None:
         "qk_norm_rope": (1e-5,),
         "rope": (False,),
         "swiglu": (),
+        "euler_step": (0.0,),
+        "two_step_split": (0.75,),
     }
+    if op in ("euler_step", "two_step_split"):
+        leaves = [arguments.as_samples(t) if t.dim() > 1 else t for t in leaves]
     torch.library.opcheck(getattr(torch.ops.twostep, op), (*leaves, *flags[op]))
 
 
@@ -147,7 +152,9 @@ def test_on_the_tensors_device_whatever_the_current_one(op: str) -> None:
         oracle.check(case)
 
 
-@pytest.mark.parametrize("op", ["norm_modulate", "gated_residual", "swiglu", "rope"])
+@pytest.mark.parametrize(
+    "op", ["norm_modulate", "gated_residual", "swiglu", "rope", "euler_step", "two_step_split", "dmd_direction"]
+)
 def test_more_than_2_to_the_31_elements(op: str) -> None:
     if torch.cuda.get_device_properties(0).total_memory < 60 << 30:
         pytest.skip("needs 60 GiB of GPU memory")
@@ -165,6 +172,15 @@ def test_more_than_2_to_the_31_elements(op: str) -> None:
         y, expected = ops.swiglu(x, x), ops.reference.swiglu(tail, tail)
     elif op == "norm_modulate":
         y, expected = ops.norm_modulate(x), ops.reference.norm_modulate(tail)
+    elif op == "euler_step":
+        y, expected = ops.euler_step(x, x, -0.25), ops.reference.euler_step(tail, tail, -0.25)
+    elif op == "two_step_split":
+        (y, _), (expected, _) = ops.two_step_split(x, x, 0.75), ops.reference.two_step_split(tail, tail, 0.75)
+    elif op == "dmd_direction":
+        fake = x.roll(1, -1)
+        y = ops.dmd_direction(x, torch.zeros((), device="cuda", dtype=x.dtype).expand_as(x).contiguous(), fake)
+        mean = torch.stack([part.double().abs().sum() for part in x.chunk(100, 1)]).sum() / x.numel()
+        expected = (fake[:, -8:].double() / mean).float()
     else:
         y, expected = ops.gated_residual(x, x), ops.reference.gated_residual(tail, tail)
     torch.testing.assert_close(y[:, -8:], expected, rtol=2**-7, atol=1e-3)
@@ -173,3 +189,58 @@ def test_more_than_2_to_the_31_elements(op: str) -> None:
 def test_a_launch_error_is_reported_by_name() -> None:
     with pytest.raises(RuntimeError, match="norm_modulate"):
         torch.ops.twostep.norm_modulate(torch.ones(1, 1, 20000, device="cuda"), None, None, None, False, 1e-5)
+
+
+every_data_op = pytest.mark.parametrize("op", DATA_OPS)
+
+
+def _outputs(case: Case, wide: bool = False) -> tuple[torch.Tensor, ...]:
+    tensors = {n: t.double() if wide else t for n, t in case.tensors.items()}
+    return as_tuple(getattr(ops.reference if wide else ops, case.op)(**tensors, **case.options))
+
+
+@every_data_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("length", "width"), [(5, 24), (1, 1), (33, 1001), (700, 256)])
+def test_data_ops_are_exact(op: str, dtype: torch.dtype, length: int, width: int) -> None:
+    case = sample(op, dtype, "cuda", batch=3, length=length, width=width)
+    for found, exact in zip(_outputs(case), _outputs(case, wide=True), strict=True):
+        assert (found.double() - exact).norm() <= (torch.finfo(found.dtype).eps + 3e-7) * exact.norm()
+
+
+@every_data_op
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_data_ops_read_a_narrow_network_beside_a_float32_state(op: str, dtype: torch.dtype) -> None:
+    case = sample(op, torch.float32, "cuda", length=300, width=256)
+    for name in ("real_clean", "fake_clean"):
+        if name in case.tensors:
+            case.tensors[name] = case.tensors[name].to(dtype)
+    for found, exact in zip(_outputs(case), _outputs(case, wide=True), strict=True):
+        assert (found.double() - exact).norm() <= 4e-7 * exact.norm()
+
+
+@every_data_op
+def test_data_ops_give_the_same_bits_on_every_run_stream_and_replay(op: str) -> None:
+    case = sample(op, device="cuda", batch=3, length=700, width=256)
+    first = _outputs(case)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        again = _outputs(case)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = _outputs(case)
+    for t in replayed:
+        t.fill_(float("nan"))
+    graph.replay()
+    for a, b, c in zip(first, again, replayed, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@every_data_op
+@pytest.mark.parametrize("empty", [{"batch": 0}, {"length": 0}], ids=["batch", "length"])
+def test_data_ops_take_an_empty_tensor(op: str, empty: dict[str, int]) -> None:
+    case = sample(op, device="cuda", **empty)
+    for found, expected in zip(_outputs(case), _outputs(case, wide=True), strict=True):
+        assert torch.equal(found.double(), expected)

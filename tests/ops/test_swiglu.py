@@ -25,6 +25,33 @@ def test_reads_the_halves_of_a_projection_in_place() -> None:
     oracle.check(Case("swiglu", {"gate": gate, "up": up}))
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 46), (3, 7, 1, 16), (4, 10), (6,), (0, 3, 8), (2, 3, 5000)], ids=str)
+@pytest.mark.parametrize("dtype", strategies.DTYPES, ids=str)
+def test_gate_and_up_in_one_tensor_are_its_halves(cpu_isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The very bits of two tensors, forward and backward; also where the projection is a part of a wider one."""
+    wide = torch.randn(*shape[:-1], shape[-1] + 3).to(dtype).requires_grad_()
+    results = []
+    for run in (ops.swiglu, lambda both: ops.swiglu(*both.chunk(2, -1))):
+        y = run(wide[..., 1:-2])
+        (gradient,) = torch.autograd.grad(y.float().sin().sum(), wide)
+        with torch.no_grad():
+            assert torch.equal(run(wide[..., 1:-2]), y)
+        results.append((y, gradient))
+    for ours, halves in zip(*results, strict=True):
+        assert torch.equal(ours, halves)
+
+
+def test_the_gradient_of_gate_and_up_in_one_tensor_is_reached_by_every_road() -> None:
+    tensors = torch.randn(2, 3, 4), torch.randn(2, 3, 8)
+    torch.library.opcheck(torch.ops.twostep.swiglu_halves_backward.default, tensors)
+    both = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ops.swiglu, both)
+    (true,) = torch.autograd.grad(ops.swiglu(both).sum(), both)
+    assert torch.equal(torch.func.grad(lambda t: ops.swiglu(t).sum())(both.detach()), true)
+    with pytest.raises(RuntimeError, match="swiglu: double backward is not implemented"):
+        torch.autograd.grad(ops.swiglu(both).sum(), both, create_graph=True)[0].sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_is_finite_and_right_far_out(dtype: torch.dtype) -> None:
     gate = torch.tensor([-1000.0, -100.0, -30.0, -0.0, 0.0, 30.0, 100.0, 1000.0], dtype=dtype, requires_grad=True)
@@ -46,6 +73,7 @@ def test_nan_comes_out_where_nan_went_in() -> None:
 @pytest.mark.parametrize(
     ("gate", "up", "error", "message"),
     [
+        (torch.randn(2, 7), None, ValueError, r"gate has shape \[2, 7\] and up is None, expected \[..., 2 \* width\]"),
         (torch.randn(2, 8), torch.randn(2, 9), ValueError, r"up has shape \[2, 9\], expected \[2, 8\]"),
         (
             torch.randn(2, 8),
@@ -55,6 +83,6 @@ def test_nan_comes_out_where_nan_went_in() -> None:
         ),
     ],
 )
-def test_says_what_is_wrong(gate: torch.Tensor, up: torch.Tensor, error: type[Exception], message: str) -> None:
+def test_says_what_is_wrong(gate: torch.Tensor, up: torch.Tensor | None, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ops.swiglu(gate, up)

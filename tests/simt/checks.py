@@ -290,3 +290,83 @@ def swiglu(launch: Launch, case: Rows, *, joined: bool = False) -> list[Tensor]:
     oracle.assert_near(found[0], expected["gate"], "dgate", terms=1.0)
     oracle.assert_near(found[1], expected["up"], "dup")
     return [y, *found]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One case of an op on samples."""
+
+    batch: int = 2
+    size: int = 1000
+    dtype: torch.dtype = torch.float32
+    network: torch.dtype | None = None  # None: as the state
+    offset: int = 0  # elements that samples start past a 16-byte boundary
+    gap: int = 0  # elements between samples
+    per_sample: bool = True  # a step, or a factor, of each sample's own
+    seed: int = 0
+
+    def draw(self, count: int, network: bool = False) -> list[Tensor]:
+        """So many tensors [batch, size] of the state's dtype, or of the network's."""
+        dtype = (self.network or self.dtype) if network else self.dtype
+        random = torch.Generator().manual_seed(self.seed + (1000 if network else 0))
+        made = []
+        for _ in range(count):
+            memory = torch.randn(self.offset + self.batch * (self.size + self.gap), generator=random).to(dtype)
+            made.append(memory[self.offset :].view(self.batch, self.size + self.gap)[:, : self.size])
+        return made
+
+    def numbers(self) -> Tensor:
+        return torch.linspace(-1, 0.5, self.batch)
+
+
+def euler_step(launch: Launch, case: Samples) -> list[Tensor]:
+    (x, dy), (v,) = case.draw(2), case.draw(1, network=True)
+    delta = case.numbers() if case.per_sample else -0.3
+    wide = oracle.wide(delta)[:, None] if isinstance(delta, Tensor) else delta
+    y = launchers.euler_step_forward(launch, x, v, delta)
+    oracle.assert_near(y, oracle.wide(x) + wide * oracle.wide(v), "y", terms=oracle.wide(x))
+    dv = launchers.euler_step_backward(launch, dy, delta, v.dtype)
+    oracle.assert_near(dv, wide * oracle.wide(dy), "dv")
+    return [y, dv]
+
+
+def two_step_split(launch: Launch, case: Samples) -> list[Tensor]:
+    (noise, inherited, own), (v,) = case.draw(3), case.draw(1, network=True)
+    z, x_a = launchers.two_step_split_forward(launch, noise, v, 0.7)
+    oracle.assert_near(z, oracle.wide(noise) - 0.3 * oracle.wide(v), "z", terms=oracle.wide(noise))
+    oracle.assert_near(x_a, oracle.wide(noise) - oracle.wide(v), "x_a", terms=oracle.wide(noise))
+    made = [z, x_a]
+    for with_inherited, with_own, with_factors in ((1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 1, 0)):
+        factors = None if not with_factors else case.numbers() if case.per_sample else torch.tensor([0.4])
+        g, a = inherited if with_inherited else None, own if with_own else None
+        dv = launchers.two_step_split_backward(launch, g, a, factors, -0.03, v.dtype)
+        scale = torch.ones(1) if factors is None else factors
+        exact = torch.zeros(case.batch, case.size, dtype=torch.float64)
+        exact = exact if g is None else -0.03 * scale.double()[:, None] * oracle.wide(g)
+        exact = exact if a is None else exact - oracle.wide(a)
+        oracle.assert_near(dv, exact, "dv", terms=exact if a is None else oracle.wide(a))
+        made.append(dv)
+    return made
+
+
+def gradient_norms(launch: Launch, case: Samples) -> list[Tensor]:
+    (g,) = case.draw(1)
+    norms, total = launchers.gradient_norms(launch, g)
+    squares = oracle.wide(g).square()
+    # Sums of squares cancel nothing: the last place of the result but one, not the rows' bound.
+    torch.testing.assert_close(norms.double(), squares.sum(1).sqrt(), rtol=2.5e-7, atol=0, msg=wrong)
+    torch.testing.assert_close(total.double(), squares.sum().sqrt()[None], rtol=2.5e-7, atol=0, msg=wrong)
+    return [norms, total]
+
+
+def wrong(text: str) -> str:
+    return f"wrong; first at {text}"
+
+
+def dmd_direction(launch: Launch, case: Samples) -> list[Tensor]:
+    (x,), (real, fake) = case.draw(1), case.draw(2, network=True)
+    found = launchers.dmd_direction(launch, x, real, fake, eps=EPS)
+    mean = (oracle.wide(x) - oracle.wide(real)).abs().mean(1, keepdim=True).clamp_min(EPS)
+    exact = (oracle.wide(fake) - oracle.wide(real)) / mean
+    torch.testing.assert_close(found.double(), exact, rtol=4e-7, atol=1e-12, msg=wrong)
+    return [found]

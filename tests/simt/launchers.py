@@ -20,6 +20,7 @@ NOT_SUPPORTED = 801
 
 # Fields passed with strides; every other tensor is contiguous and passed as an address.
 ROWS = {"x", "y_", "z", "dy", "dout", "dh", "scale", "shift", "gate", "up", "freqs"}
+ROWS |= {"v", "noise", "inherited", "own", "g", "real", "fake"}  # samples: one stride
 SWIGLU_ROWS = {"dgate", "dup"}
 HEADS = {"q", "k", "dq_out", "dk_out"}
 
@@ -398,3 +399,77 @@ def swiglu_backward(launch: Launch, dy: Tensor, gate: Tensor, up: Tensor, *, joi
     inputs = {**_shape(gate), "dy": dy, "gate": gate, "up": up}
     _succeed(launch("swiglu_backward", inputs, {"dgate": dgate, "dup": dup}))
     return dgate, dup
+
+
+def _samples(state: Tensor, network: torch.dtype | None = None, name: str = "velocity_dtype") -> dict[str, Any]:
+    shape = {"dtype": DTYPES[state.dtype], "batch": state.shape[0], "size": state.shape[1]}
+    return shape if network is None else {**shape, name: DTYPES[network]}
+
+
+def _steps(delta: float | Tensor) -> dict[str, Any]:
+    return {"deltas": delta} if isinstance(delta, Tensor) else {"delta": delta}
+
+
+def euler_step_forward(launch: Launch, x: Tensor, v: Tensor, delta: float | Tensor) -> Tensor:
+    y = poisoned(*x.shape, dtype=x.dtype)
+    inputs = {**_samples(x, v.dtype), "x": x, "v": v, **_steps(delta)}
+    _succeed(launch("euler_step_forward", inputs, {"y": y}))
+    return y
+
+
+def euler_step_backward(launch: Launch, dy: Tensor, delta: float | Tensor, velocity: torch.dtype) -> Tensor:
+    dv = poisoned(*dy.shape, dtype=velocity)
+    _succeed(launch("euler_step_backward", {**_samples(dy, velocity), "dy": dy, **_steps(delta)}, {"dv": dv}))
+    return dv
+
+
+def two_step_split_forward(launch: Launch, noise: Tensor, v: Tensor, mid: float) -> tuple[Tensor, Tensor]:
+    z, x_a = (poisoned(*noise.shape, dtype=noise.dtype) for _ in range(2))
+    inputs = {**_samples(noise, v.dtype), "noise": noise, "v": v, "step": mid - 1}
+    _succeed(launch("two_step_split_forward", inputs, {"z_out": z, "x_a": x_a}))
+    return z, x_a
+
+
+def two_step_split_backward(
+    launch: Launch,
+    inherited: Tensor | None,
+    own: Tensor | None,
+    factors: Tensor | None,
+    coefficient: float,
+    velocity: torch.dtype,
+) -> Tensor:
+    state = inherited if inherited is not None else own
+    assert state is not None
+    dv = poisoned(*state.shape, dtype=velocity)
+    inputs = {
+        **_samples(state, velocity),
+        "inherited": inherited,
+        "own": own,
+        "factors": factors,
+        "factor_stride": 1 if factors is not None and factors.shape[0] > 1 else 0,
+        "coefficient": coefficient,
+    }
+    _succeed(launch("two_step_split_backward", inputs, {"dv": dv}))
+    return dv
+
+
+SAMPLE_PIECE = 4096  # csrc/views.h
+
+
+def _piece_sums(x: Tensor) -> Tensor:
+    return poisoned(x.shape[0], -(-x.shape[1] // SAMPLE_PIECE), dtype=torch.float32)
+
+
+def gradient_norms(launch: Launch, g: Tensor) -> tuple[Tensor, Tensor]:
+    norms, total = poisoned(g.shape[0], dtype=torch.float32), poisoned(1, dtype=torch.float32)
+    outputs = {"norms": norms, "total": total, "partials": _piece_sums(g)}
+    _succeed(launch("gradient_norms", {**_samples(g), "g": g}, outputs))
+    return norms, total
+
+
+def dmd_direction(launch: Launch, x: Tensor, real: Tensor, fake: Tensor, *, eps: float) -> Tensor:
+    direction = poisoned(*x.shape, dtype=torch.float32)
+    inputs = {**_samples(x, real.dtype, "prediction_dtype"), "x": x, "real": real, "fake": fake, "eps": eps}
+    scratch = {"partials": _piece_sums(x), "scales": poisoned(x.shape[0], dtype=torch.float32)}
+    _succeed(launch("dmd_direction", inputs, {"direction": direction, **scratch}))
+    return direction

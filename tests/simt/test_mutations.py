@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from . import checks
-from .checks import Heads, Rows
+from .checks import Heads, Rows, Samples
 from .conftest import CACHE
 from .launchers import Emulator, Launch
 
@@ -30,6 +30,12 @@ def some_rows(op: Callable[[Launch, Rows], object]) -> Callable[[Launch], None]:
 def some_heads(launch: Launch) -> None:
     checks.qk_norm_rope(launch, Heads(heads=5, key_heads=3, length=5, splits=2, parameters=F32))
     checks.qk_norm_rope(launch, Heads(width=30, offset=1, length=2))
+
+
+def some_samples(launch: Launch) -> None:
+    for case in (Samples(size=9001, network=BF16), Samples(size=1024, gap=8), Samples(batch=3, size=24)):
+        for op in (checks.euler_step, checks.two_step_split, checks.gradient_norms, checks.dmd_direction):
+            op(launch, case)
 
 
 @dataclass(frozen=True)
@@ -255,6 +261,62 @@ MUTANTS = [
         "      if (columns[n] > of.width) continue;\n#pragma unroll\n      for (int e = 0; e < W; ++e) a[n][e] *=",
         lambda launch: checks.swiglu(launch, Rows(width=30, length=3, offset=1)),
         "out of bounds|race: device memory|" + WRONG,
+    ),
+    Mutant(
+        "every sample takes the first one's step",
+        "euler_step.cu",
+        "static_cast<const float*>(deltas) + b)",
+        "static_cast<const float*>(deltas) + 0 * b)",
+        some_samples,
+        WRONG,
+    ),
+    Mutant(
+        "the inherited gradient is not clipped",
+        "two_step_split.cu",
+        "coefficient *= __ldg(",
+        "coefficient *= 1.f + 0.f * __ldg(",
+        some_samples,
+        WRONG,
+    ),
+    Mutant(
+        "the own gradient is added, not subtracted",
+        "two_step_split.cu",
+        "g[e] -= own[n][e];",
+        "g[e] += own[n][e];",
+        some_samples,
+        WRONG,
+    ),
+    Mutant(
+        "a sample's last piece is left out",
+        "cuda/sample_sums.cu",
+        "partials + b * pieces, all ? batch * pieces : pieces)",
+        "partials + b * pieces, all ? batch * pieces : pieces - 1)",
+        some_samples,
+        WRONG,
+    ),
+    Mutant(
+        "no barrier before sums of pieces are added",
+        "cuda/sample_sums.cu",
+        "shared_store(line + threadIdx.x, total);\n    __syncthreads();",
+        "shared_store(line + threadIdx.x, total);",
+        some_samples,
+        "race: shared memory|read before it was written",
+    ),
+    Mutant(
+        "a difference without its magnitude",
+        "cuda/sample_sums.cu",
+        "fabsf(terms[n][e] - others[n][e])",
+        "(terms[n][e] - others[n][e])",
+        some_samples,
+        WRONG,
+    ),
+    Mutant(
+        "the direction points back",
+        "dmd_direction.cu",
+        "(fake[n][e] - real[n][e]) * scale",
+        "(real[n][e] - fake[n][e]) * scale",
+        some_samples,
+        WRONG,
     ),
 ]
 

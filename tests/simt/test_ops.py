@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from . import checks, launchers
-from .checks import Heads, Rows
+from .checks import Heads, Rows, Samples
 from .launchers import Emulator
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -169,3 +169,83 @@ def test_swiglu(emulator: Emulator, width: int, dtype: torch.dtype, joined: bool
 @pytest.mark.parametrize("options", [{"gap": 8}, {"gap": 5}, {"offset": 1}, {"batch": 0}, {"length": 1}], ids=str)
 def test_swiglu_of_any_rows(emulator: Emulator, options: dict[str, int]) -> None:
     checks.swiglu(emulator, replace(Rows(width=264), **options))
+
+
+SAMPLE_OPS = {
+    "euler_step": checks.euler_step,
+    "two_step_split": checks.two_step_split,
+    "gradient_norms": checks.gradient_norms,
+    "dmd_direction": checks.dmd_direction,
+}
+EVERY_SAMPLE_OP = pytest.mark.parametrize("op", SAMPLE_OPS)
+PAIRS = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16)]
+
+
+@EVERY_SAMPLE_OP
+@pytest.mark.parametrize("size", [1, 7, 8, 64, 1001, 4096, 4097, 9000, 12288])
+@pytest.mark.parametrize(("dtype", "network"), PAIRS, ids=str)
+def test_samples_of_any_size_and_dtype(
+    emulator: Emulator, op: str, size: int, dtype: torch.dtype, network: torch.dtype
+) -> None:
+    SAMPLE_OPS[op](emulator, Samples(size=size, dtype=dtype, network=network, seed=size))
+
+
+@EVERY_SAMPLE_OP
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch": 1},
+        {"batch": 5, "per_sample": False},
+        {"gap": 8},
+        {"gap": 3},
+        {"offset": 1},
+        {"offset": 8, "network": BF16},
+        {"gap": 4, "network": BF16},
+        {"per_sample": False, "gap": 8, "network": F16},
+        {"batch": 70, "size": 24},
+        {"batch": 0},
+        {"size": 0},
+    ],
+    ids=str,
+)
+def test_any_arrangement_of_samples(emulator: Emulator, op: str, options: dict[str, object]) -> None:
+    SAMPLE_OPS[op](emulator, replace(Samples(), **options))
+
+
+@EVERY_SAMPLE_OP
+@pytest.mark.parametrize("order", ["reverse", "shuffled"])
+def test_the_order_of_threads_changes_no_bit_of_samples(emulator: Emulator, op: str, order: str) -> None:
+    case = Samples(size=9001, network=BF16)
+    expected = SAMPLE_OPS[op](emulator, case)
+    with emulator.configured(order=order, seed=3, multiprocessors=7):
+        found = SAMPLE_OPS[op](emulator, case)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_samples_are_moved_as_16_byte_vectors_where_they_are_aligned(emulator: Emulator) -> None:
+    def vectors(case: Samples, *kinds: str) -> list[int]:
+        (x,), (v,) = case.draw(1), case.draw(1, network=True)
+        before = emulator.module.counts()
+        launchers.euler_step_forward(emulator, x, v, -0.25)
+        after = emulator.module.counts()
+        return [after[f"vector_{kind}"] - before[f"vector_{kind}"] for kind in ("reads", "writes")]
+
+    # 2 x 1024 elements: 512 vectors of float32, 256 of bfloat16.
+    assert vectors(Samples(size=1024)) == [2 * 512, 512]
+    assert vectors(Samples(size=1024, network=BF16)) == [512 + 256, 512]
+    assert vectors(Samples(size=1024, dtype=BF16)) == [2 * 256, 256]
+    assert vectors(Samples(size=1024, gap=8)) == [2 * 512, 512]
+    # Samples of 1002 are no whole vectors, two of them in a row are; with a gap, or off 16 bytes, they go one by one.
+    assert vectors(Samples(size=1002)) == [2 * 501, 501]
+    assert vectors(Samples(size=1002, gap=2)) == vectors(Samples(size=1024, offset=1)) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "launcher", ["euler_step_forward", "two_step_split_backward", "gradient_norms", "dmd_direction"]
+)
+def test_samples_in_float64_are_refused(emulator: Emulator, launcher: str) -> None:
+    problem = {"dtype": 3, "velocity_dtype": 3, "prediction_dtype": 3, "batch": 1, "size": 8}
+    assert emulator(launcher, problem, {}) == launchers.NOT_SUPPORTED
+    narrow_state = {"dtype": 1, "velocity_dtype": 0, "prediction_dtype": 0, "batch": 1, "size": 8}
+    if launcher != "gradient_norms":
+        assert emulator(launcher, narrow_state, {}) == launchers.NOT_SUPPORTED

@@ -1,4 +1,7 @@
-"""`twostep bench`: every operator against what a user would pick instead, in one run."""
+"""`twostep bench`: every operator against what a user would pick instead, in one run.
+
+`twostep bench unroll`: memory and time of the two-step backward.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-compile", action="store_true", help="leave torch.compile out; its compilation takes most of the time"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the table, CSV, JSON and plot there")
+    parts = parser.add_subparsers(dest="part", metavar="unroll", required=False)
+    summary = "measure memory and time of the two-step backward instead of the kernels"
+    _add_unroll_arguments(parts.add_parser("unroll", help=summary, description=summary))
+
+
+def _add_unroll_arguments(parser: argparse.ArgumentParser) -> None:
+    kept = argparse.SUPPRESS  # an option of both benchmarks keeps the value that was given before `unroll`
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=kept, help="default: cuda where a GPU is visible")
+    parser.add_argument("--threads", type=int, default=kept, help="CPU threads (default: torch's)")
+    parser.add_argument("--out", type=Path, default=kept, metavar="DIR", help="also write the table and JSON there")
+    parser.add_argument("--depths", nargs="+", type=int, default=[2, 4, 8, 16], metavar="N", help="blocks (2 4 8 16)")
+    parser.add_argument("--shape", metavar="BxLxD", help="activations (default 2x256x256; 2x4096x2048 on cuda)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 (bfloat16 on cuda)")
+    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="timed calls of each mode (default 5)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from . import cases, report, timing
+    if arguments.part == "unroll":
+        from . import unroll
+
+        return unroll.run(arguments)
+
+    from ..allocator import keep_freed_memory
+    from . import cases, report
     from .measure import Row, measure
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if not arguments.system_allocator:
-        timing.keep_freed_memory()
+        keep_freed_memory()
 
     rows: list[Row] = []
     total = len(ops) * len(shapes) * len(dtypes)

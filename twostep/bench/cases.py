@@ -9,7 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("norm_modulate", "gated_residual", "gated_residual_norm_modulate", "qk_norm_rope", "rope", "swiglu")
+OPS = (
+    "norm_modulate",
+    "gated_residual",
+    "gated_residual_norm_modulate",
+    "qk_norm_rope",
+    "rope",
+    "swiglu",
+    "euler_step",
+    "two_step_split",
+    "inject_gradient",
+    "gradient_norms",
+    "dmd_direction",
+)
+DATA_OPS = ("inject_gradient", "gradient_norms", "dmd_direction")  # nothing flows back through them
 
 # Activation tensors moved, forward and backward; csrc/<op>.h derives each.
 FLOORS = {
@@ -19,6 +32,15 @@ FLOORS = {
     "qk_norm_rope": (4, 6),
     "rope": (2, 2),
     "swiglu": (3, 5),
+}
+# The operators on a sampler's state, which is float32, and on what a network gave, in the dtype that is measured:
+# tensors of either moved forward, and moved backward.
+STATE_FLOORS = {
+    "euler_step": ((2, 1), (1, 1)),
+    "two_step_split": ((3, 1), (2, 1)),
+    "inject_gradient": ((2, 1), (0, 0)),
+    "gradient_norms": ((1, 0), (0, 0)),
+    "dmd_direction": ((2, 2), (0, 0)),
 }
 HEAD = 128
 
@@ -83,6 +105,10 @@ def floor_bytes(op: str, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
     for size in activation_shape(op, shape):
         numel *= size
     unit = numel * dtype.itemsize
+    if op in STATE_FLOORS:
+        of_state = numel * torch.float32.itemsize
+        forward, backward = (state * of_state + network * unit for state, network in STATE_FLOORS[op])
+        return forward, backward
     table = shape.length * min(HEAD, shape.width) * 4 if op in ("qk_norm_rope", "rope") else 0
     forward, backward = FLOORS[op]
     return forward * unit + table, backward * unit + table
@@ -126,6 +152,31 @@ def make(op: str, shape: Shape, dtype: torch.dtype, device: str, generator: torc
         arguments = {"x": randn(*size), "freqs": table()}
     elif op == "swiglu":
         arguments = {"gate": randn(*size), "up": randn(*size)}
+    elif op in STATE_FLOORS:
+        return _state_inputs(op, size, dtype, device, generator)
     else:
         raise ValueError(f"op is {op!r}, expected one of {', '.join(OPS)}")
     return Inputs(arguments, {}, incoming)
+
+
+def _state_inputs(
+    op: str, size: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> Inputs:
+    """A float32 state, and the network's tensors in the dtype that is measured."""
+
+    def state(grad: bool = False) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).requires_grad_(grad)
+
+    def network(grad: bool = False) -> Tensor:
+        return state().to(dtype).requires_grad_(grad)
+
+    if op == "euler_step":
+        return Inputs({"x": state(True), "v": network(True)}, {"delta": -0.25}, (state(),))
+    if op == "two_step_split":  # noise is data
+        return Inputs({"noise": state(), "v": network(True)}, {"mid": 0.75}, (state(), state()))
+    if op == "inject_gradient":
+        gradients = {"inherited": state(), "own": state(), "factor": torch.full((), 0.5, device=device)}
+        return Inputs(gradients, {"mid": 0.75, "weight": 0.1, "dtype": dtype}, (state(),))
+    if op == "gradient_norms":
+        return Inputs({"g": state()}, {}, (state(),))
+    return Inputs({"x": state(), "real_clean": network(), "fake_clean": network()}, {}, (state(),))

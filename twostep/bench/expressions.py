@@ -2,7 +2,7 @@
 
 The expressions are those of diffusers' Z-Image and FLUX.2: its RMSNorm (statistics in float32, the rest in the dtype of
 the activations), `layer_norm`, rotation through complex numbers, `silu(gate) * up`. torch.compile is given these very
-functions. `native` holds the same with PyTorch's own `rms_norm` in the place of diffusers'.
+functions. `native` holds what PyTorch's own functions make shorter: the same with `rms_norm`, and a step as one `add`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,38 @@ def rope(x: Tensor, freqs: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
+
+
+def euler_step(x: Tensor, v: Tensor, delta: float | Tensor) -> Tensor:
+    """As diffusers' FlowMatchEulerDiscreteScheduler.step has it."""
+    if isinstance(delta, Tensor) and delta.dim():
+        delta = delta.reshape(-1, *([1] * (x.dim() - 1)))
+    return (x + delta * v).to(x.dtype)
+
+
+def two_step_split(noise: Tensor, v: Tensor, mid: float, *, inherit: float = 1.0) -> tuple[Tensor, Tensor]:
+    passed = v if inherit == 1 else v.detach() + inherit * (v - v.detach())
+    start = noise if inherit == 1 else noise.detach() + inherit * (noise - noise.detach())
+    return start + (mid - 1) * passed, noise - v
+
+
+def inject_gradient(
+    inherited: Tensor, own: Tensor, mid: float, *, weight: float = 1.0, factor: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    factor = factor.reshape(-1, *([1] * (own.dim() - 1))) if factor.dim() else factor
+    return (weight * (mid - 1) * factor * inherited - own).to(dtype or own.dtype)
+
+
+def gradient_norms(g: Tensor) -> tuple[Tensor, Tensor]:
+    norms = g.float().flatten(1).norm(dim=1)
+    return norms, norms.norm()
+
+
+def dmd_direction(x: Tensor, real_clean: Tensor, fake_clean: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """As DMD2's released code has it, in float32."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    p_real, p_fake = x.to(wide) - real_clean.to(wide), x.to(wide) - fake_clean.to(wide)
+    return (p_real - p_fake) / p_real.abs().mean(tuple(range(1, x.dim())), keepdim=True).clamp_min(eps)
 
 
 def _per_token(m: Tensor | None, x: Tensor) -> Tensor | None:
@@ -117,5 +149,15 @@ def with_rms_norm(rms_norm: RmsNorm) -> dict[str, Callable[..., Any]]:
     }
 
 
-diffusers = SimpleNamespace(**with_rms_norm(diffusers_rms_norm), rope=rope, swiglu=swiglu)
-native = SimpleNamespace(**with_rms_norm(native_rms_norm))
+diffusers = SimpleNamespace(
+    **with_rms_norm(diffusers_rms_norm),
+    rope=rope,
+    swiglu=swiglu,
+    euler_step=euler_step,
+    two_step_split=two_step_split,
+    inject_gradient=inject_gradient,
+    gradient_norms=gradient_norms,
+    dmd_direction=dmd_direction,
+)
+native = SimpleNamespace(**with_rms_norm(native_rms_norm), euler_step=lambda x, v, delta: torch.add(x, v, alpha=delta))
+NATIVE_NAMES = {"euler_step": "torch.add"}  # the others are F.rms_norm

@@ -46,7 +46,7 @@ def candidates_of(
     eager = getattr(expressions.diffusers, op)
     found: dict[str, Callable[..., Any]] = {"twostep": getattr(ops, op), "eager": eager}
     if hasattr(expressions.native, op):
-        found["F.rms_norm"] = getattr(expressions.native, op)
+        found[expressions.NATIVE_NAMES.get(op, "F.rms_norm")] = getattr(expressions.native, op)
     if compiled:
         torch._dynamo.reset()
         mode = "max-autotune-no-cudagraphs" if device == "cuda" else "default"
@@ -65,7 +65,9 @@ def relative_errors(
 
     def everything(function: Callable[..., Any], arguments: dict[str, Any]) -> list[torch.Tensor]:
         wanted = [t for t in arguments.values() if t.requires_grad]
-        outputs = timing.as_tuple(function(**arguments))
+        outputs = timing.as_tuple(function(**arguments, **inputs.options))
+        if not wanted:
+            return list(outputs)
         incoming = [g.to(o.dtype) for g, o in zip(inputs.incoming, outputs, strict=True)]
         return [o.detach() for o in outputs] + list(torch.autograd.grad(outputs, wanted, incoming))
 
@@ -106,6 +108,8 @@ def measure(
     copies = timing.copy_calls(numel, dtype, device)
     rows = []
     for direction in directions:
+        if op in cases.DATA_OPS and direction != "forward":
+            continue
         make_call = timing.DIRECTIONS[direction]
         calls = {name: [make_call(function, i) for i in inputs] for name, function in candidates.items()}
         found = timing.time_candidates({**calls, "copy": copies}, device, seconds)

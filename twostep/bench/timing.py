@@ -6,7 +6,6 @@ replays are timed by events, so that launch gaps do not count; launch overhead i
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,17 +18,6 @@ from torch._functorch import config as functorch_config
 # A set of inputs is used again only after this many bytes have gone by: several times the L2 of a GPU (60 MB on an
 # H200), and on a CPU more than the part of a shared last-level cache that two cores can count on.
 ROTATE_BYTES = {"cpu": 768 << 20, "cuda": 512 << 20}
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc reuse freed memory of any size. By default it returns large blocks to the kernel, and a call pays
-    for the page faults of every tensor that it makes: a fused operator for its outputs, eager code for every step."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    except OSError:
-        return  # another C library: its own policy stands, for all candidates alike
 
 
 def rotations(bytes_per_call: int, device: str) -> int:

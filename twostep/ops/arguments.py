@@ -2,12 +2,14 @@
 
 The kernels see rows: x as [batch, length, width], modulation as [batch, width] or [batch, 1, width] (per sample) or
 [batch, length, width] (per token), all parameters in one dtype. The functions here bring what the caller has into that
-form by views and, where dtypes are mixed, by casts that autograd sees.
+form by views and, where dtypes are mixed, by casts that autograd sees. The operators of the two-step backward know no
+rows: they see samples, [batch, size].
 """
 
 from __future__ import annotations
 
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,6 +127,8 @@ def modulation_rows(m: Tensor | None, x: Tensor, rows: Tensor) -> Tensor | None:
         m = m.flatten(1, -2)
     elif m.dim() == 2:
         m = m.unsqueeze(1)
+    if batch > 1 and m.requires_grad and (m.dim() < 3 or m.shape[0] == 1):
+        m = m.to(accumulation_dtype(x))  # one for all samples: their gradients are added before the one rounding
     return m.expand(batch, -1, -1) if m.dim() == 3 else m.expand(batch, 1, width)
 
 
@@ -151,6 +155,11 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def as_data(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors without a graph; as they are where nobody could ask for a derivative."""
+    return tuple(t.detach() for t in tensors) if wants_grad(*tensors) else tensors
+
+
 def check_heads(op: str, name: str, t: Tensor) -> None:
     check_tensor(op, name, t)
     if t.dim() != 4:
@@ -173,4 +182,73 @@ def check_freqs(op: str, freqs: Tensor, x: Tensor) -> Tensor:
         )
     if freqs.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: freqs requires a gradient, and the table is a constant here: pass freqs.detach()")
-    return freqs.to(accumulation_dtype(x))
+    wide = accumulation_dtype(x)
+    return freqs if freqs.dtype == wide else freqs.to(wide)
+
+
+def check_samples(op: str, name: str, t: object) -> None:
+    check_tensor(op, name, t)
+    assert isinstance(t, Tensor)
+    if t.dim() == 0:
+        raise ValueError(f"{op}: {name} has shape [], expected [batch, ...]")
+
+
+def as_samples(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one shape, [batch, ...], in a form that the kernels read: as they are, which costs nothing, where they
+    are contiguous; else as [batch, size], so that a slice of samples is a view and no copy."""
+    for t in tensors:
+        if not t.is_contiguous():
+            break
+    else:
+        return tensors
+    return tuple(t if t.dim() == 2 else t.unsqueeze(1) if t.dim() == 1 else t.flatten(1) for t in tensors)
+
+
+def from_samples(made: Tensor, like: Tensor) -> Tensor:
+    """A result of such tensors, with the shape and dtype of the tensor that it was made for."""
+    made = made if made.shape == like.shape else made.view(like.shape)
+    return made if made.dtype == like.dtype else made.to(like.dtype)
+
+
+def check_number(op: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (float, numbers.Real, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} is {type(value).__name__}, expected a number")
+    number: Any = value  # numbers.Real promises less than its members keep
+    if not float("-inf") < number < float("inf"):
+        raise ValueError(f"{op}: {name} is {value}, expected a finite number")
+
+
+def check_mid(op: str, mid: Any) -> None:
+    check_number(op, "mid", mid)
+    if not 0 < mid < 1:
+        raise ValueError(f"{op}: mid is {mid}, expected the sigma between the two steps: above 0 and below 1")
+
+
+def check_per_sample(op: str, name: str, value: Tensor, x: Tensor) -> None:
+    """One number for all samples of x, or one a sample; a constant."""
+    check_tensor(op, name, value)
+    check_device(op, name, value, x)
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != x.shape[0]):
+        raise ValueError(f"{op}: {name} has shape {shape_text(value)}, expected [] or [{x.shape[0]}] (batch)")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: {name} requires a gradient, and it is a constant here: pass {name}.detach()")
+
+
+def network_dtype_fits(state: torch.dtype, network: torch.dtype) -> bool:
+    """Whether the kernels read tensors of these dtypes side by side: one dtype, or 16 bits beside float32."""
+    return network == state or (state == torch.float32 and network in (torch.bfloat16, torch.float16))
+
+
+def widest(*dtypes: torch.dtype) -> torch.dtype:
+    """The accumulation dtype that holds them all: float32, or float64 where one of them is."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def share_samples_dtype(state: Tensor, *network: Tensor) -> tuple[Tensor, ...]:
+    """The state and what a network gave, in dtypes that the kernels read: as they are where they can be, else all in
+    float32 (float64 where one is). Autograd casts the gradients back."""
+    first = network[0].dtype
+    if network[-1].dtype == first and network_dtype_fits(state.dtype, first):  # there are one or two
+        return (state, *network)
+    wide = widest(state.dtype, *(t.dtype for t in network))
+    return tuple(t.to(wide) for t in (state, *network))

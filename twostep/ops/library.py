@@ -68,12 +68,15 @@ def backend(x: Tensor) -> str:
 
 def choose(op: str, x: Tensor, width: int, max_cuda_width: int = CUDA_MAX_WIDTH) -> str:
     """backend(x), with the fallback's warning, and with the widths that the CUDA kernels take."""
-    if x.device.type == "meta":
+    kind = x.device.type  # asked once: it is what most of this function costs
+    if kind == "cpu" and _status.usable and x.dtype in DTYPES:
+        return kind
+    if kind == "meta":
         return "reference"  # shapes are all that is asked for
     reason = _obstacle(x)
-    if reason is None and x.device.type == "cuda" and width > max_cuda_width:
+    if reason is None and kind == "cuda" and width > max_cuda_width:
         reason = f"the CUDA kernels take widths up to {max_cuda_width}, and this one is {width}"
-    return x.device.type if reason is None else _fall_back(op, reason)
+    return kind if reason is None else _fall_back(op, reason)
 
 
 def build_info() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import accumulation_dtype, align_modulation
+from .arguments import accumulation_dtype, align_modulation, widest
 
 
 def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -125,7 +125,77 @@ def qk_norm_rope(
     return one(q, q_weight), one(k, k_weight)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up"""
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up; without up, gate holds both side by side"""
+    if up is None:
+        gate, up = gate.chunk(2, -1)
     wide = accumulation_dtype(gate)
     return (torch.nn.functional.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+
+
+def _per_sample(value: float | Tensor, x: Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A number, or numbers [batch] that broadcast over x [batch, ...]."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(dtype).reshape(-1, *([1] * (x.dim() - 1))) if value.dim() else value.to(dtype)
+
+
+def euler_step(x: Tensor, v: Tensor, delta: float | Tensor) -> Tensor:
+    """x + delta * v"""
+    wide = widest(x.dtype, v.dtype)
+    return (x.to(wide) + _per_sample(delta, x, wide) * v.to(wide)).to(x.dtype)
+
+
+def clean_prediction(x: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
+    """x - sigma * v"""
+    return euler_step(x, v, -sigma)
+
+
+def _scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """x itself, whose gradient is multiplied by scale."""
+    return x if scale == 1 else x.detach() + scale * (x - x.detach())
+
+
+def two_step_split(noise: Tensor, v: Tensor, mid: float, *, inherit: float = 1.0) -> tuple[Tensor, Tensor]:
+    """z = noise + (mid - 1) * v, whose gradient counts `inherit` times, and x_a = noise - v"""
+    wide = widest(noise.dtype, v.dtype)
+    state, velocity = noise.to(wide), v.to(wide)
+    z = _scale_gradient(state, inherit) + (mid - 1) * _scale_gradient(velocity, inherit)
+    return z.to(noise.dtype), (state - velocity).to(noise.dtype)
+
+
+def inject_gradient(
+    inherited: Tensor | None,
+    own: Tensor | None,
+    mid: float,
+    *,
+    weight: float = 1.0,
+    factor: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """weight * factor * (mid - 1) * inherited - own"""
+    state = inherited if inherited is not None else own
+    assert state is not None
+    wide = widest(state.dtype, dtype or state.dtype)
+    gradient = torch.zeros_like(state, dtype=wide)
+    if inherited is not None:
+        gradient = weight * (mid - 1) * inherited.detach().to(wide)
+        gradient = gradient if factor is None else gradient * _per_sample(factor, state, wide)
+    if own is not None:
+        gradient = gradient - own.detach().to(wide)
+    return gradient.to(dtype or state.dtype)
+
+
+def gradient_norms(g: Tensor) -> tuple[Tensor, Tensor]:
+    """The L2 norm of each sample of g [batch, ...], and of all of it"""
+    samples = g.detach().reshape(g.shape[0], g[:1].numel()).to(accumulation_dtype(g))
+    return torch.linalg.vector_norm(samples, dim=1), torch.linalg.vector_norm(samples)
+
+
+def dmd_direction(x: Tensor, real_clean: Tensor, fake_clean: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """(p_real - p_fake) / max(mean over a sample of |p_real|, eps), p_real = x - real_clean, p_fake = x - fake_clean"""
+    wide = widest(x.dtype, real_clean.dtype, fake_clean.dtype)
+    p_real = x.detach().to(wide) - real_clean.detach().to(wide)
+    p_fake = x.detach().to(wide) - fake_clean.detach().to(wide)
+    normaliser = p_real.abs() if x.dim() == 1 else p_real.abs().mean(tuple(range(1, x.dim())), keepdim=True)
+    return ((p_real - p_fake) / normaliser.clamp_min(eps)).to(accumulation_dtype(x))

@@ -13,17 +13,33 @@ from .autograd import differentiable, first_order
 from .library import choose, register_fake
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of two tensors with one shape and dtype. The halves of a fused projection are read in place."""
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, of two tensors with one shape and dtype.
+
+    Without `up`, gate holds both side by side, [..., 2 * width], as one projection makes them: they are read in place,
+    and their gradient is one tensor too. Halves that are handed over as two views are read in place as well, but
+    autograd then joins their gradients by a copy.
+    """
     op = "swiglu"
     arguments.check_rows(op, "gate", gate)
-    arguments.check_same(op, "up", up, "gate", gate)
-    if up.dtype != gate.dtype:
-        raise TypeError(f"{op}: up has dtype {up.dtype}, expected {gate.dtype}, the dtype of gate")
+    if up is None:
+        if gate.shape[-1] % 2:
+            raise ValueError(
+                f"{op}: gate has shape {arguments.shape_text(gate)} and up is None, expected [..., 2 * width]: gate "
+                "and up side by side"
+            )
+    else:
+        arguments.check_same(op, "up", up, "gate", gate)
+        if up.dtype != gate.dtype:
+            raise TypeError(f"{op}: up has dtype {up.dtype}, expected {gate.dtype}, the dtype of gate")
     if choose(op, gate, 1) == "reference":
         return reference.swiglu(gate, up)
+    rows = arguments.as_rows(gate)
+    if up is None:
+        y: Tensor = _of_halves(rows) if arguments.wants_grad(gate) else torch.ops.twostep.swiglu(*rows.chunk(2, -1))
+        return y if gate.dim() == 3 else y.view(*gate.shape[:-1], -1)
     run = _differentiable if arguments.wants_grad(gate, up) else torch.ops.twostep.swiglu
-    y: Tensor = run(arguments.as_rows(gate), arguments.as_rows(up))
+    y = run(rows, arguments.as_rows(up))
     return y if gate.dim() == 3 else y.view(gate.shape)
 
 
@@ -45,7 +61,23 @@ class _Swiglu(Function):
         return dgate if need_gate else None, dup if need_up else None
 
 
+class _SwigluOfHalves(Function):
+    @staticmethod
+    def forward(halves: Any) -> Any:
+        return torch.ops.twostep.swiglu(*halves.chunk(2, -1))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @first_order("swiglu")
+    def backward(ctx: Any, saved: Any, dy: Tensor) -> Any:
+        return (torch.ops.twostep.swiglu_halves_backward(dy, *saved),)
+
+
 _differentiable = differentiable(_Swiglu)
+_of_halves = differentiable(_SwigluOfHalves)
 
 
 @register_fake("swiglu")
@@ -56,3 +88,8 @@ def _(gate: Any, up: Any) -> Any:
 @register_fake("swiglu_backward")
 def _(dy: Any, gate: Any, up: Any) -> Any:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+@register_fake("swiglu_halves_backward")
+def _(dy: Any, halves: Any) -> Any:
+    return halves.new_empty(halves.shape)

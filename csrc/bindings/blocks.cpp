@@ -1,114 +1,8 @@
-// The operators as PyTorch sees them, and the only file that knows PyTorch.
-//
-// It is written against LibTorch's stable ABI, so that one binary serves every PyTorch from the targeted version
-// on, CPU-only or CUDA. Each operator is functional: it allocates its outputs, fills a parameter struct and hands
-// it to the kernel of the tensor's device. Autograd, broadcasting and friendly errors live in twostep/ops; the
-// checks here keep a direct call of torch.ops.twostep.*, with tensors of one device, from reading memory that is not
-// there.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+// The operators on rows, [batch, length, width], and on heads, [batch, length, heads, width].
+#include "bindings/operators.h"
 
-#include <array>
-#include <optional>
-#include <tuple>
-
-#include "cpu/kernels.h"
-#ifdef TWOSTEP_CUDA
-#include "cuda/kernels.h"
-// Weak: absent in a CPU-only PyTorch, into which this very binary may be loaded too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
-#endif
-
-namespace twostep {
+namespace twostep::bindings {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-Dtype dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
-    case ScalarType::Double: return Dtype::f64;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "twostep: dtype ", torch::headeronly::toString(type),
-                  " is not supported; accepted: float32, bfloat16, float16, float64");
-}
-
-ScalarType accumulation_of(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
-
-// What all operators share: the first tensor, which decides device and dtype, and the shape of its rows.
-struct Call {
-  const char* name;
-  const Tensor& x;
-  ScalarType type;
-  int64_t batch, length, width;
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-
-  Call(const char* op, const Tensor& first, int64_t rank) : name(op), x(first), type(first.scalar_type()) {
-    STD_TORCH_CHECK(x.dim() == rank, name, ": the first tensor has ", x.dim(), " dimensions, expected ", rank);
-    batch = x.size(0), length = x.size(1), width = x.size(rank - 1);
-    if (x.is_cuda()) guard.emplace(x.get_device_index());
-  }
-
-  Dtype dtype() const { return dtype_of(type); }
-  ScalarType accumulation() const { return accumulation_of(type); }
-
-  Tensor empty(std::initializer_list<int64_t> shape, ScalarType element) const {
-    std::array<int64_t, 4> sizes{}, strides{};
-    int64_t rank = 0, stride = 1;
-    for (int64_t size : shape) sizes[rank++] = size;
-    for (int64_t d = rank - 1; d >= 0; --d) strides[d] = stride, stride *= sizes[d] > 1 ? sizes[d] : 1;
-    int32_t device_type = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-    AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        rank, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(element)),
-        device_type, x.get_device_index(), &handle));
-    return Tensor(handle);
-  }
-  Tensor empty_rows() const { return empty({batch, length, width}, type); }
-  Tensor empty_like(const Tensor& t) const {
-    return t.dim() == 2 ? empty({t.size(0), t.size(1)}, t.scalar_type())
-                        : empty({t.size(0), t.size(1), t.size(2)}, t.scalar_type());
-  }
-  Tensor none(ScalarType element) const { return empty({0}, element); }
-  Tensor statistics(bool wanted) const {
-    return wanted ? empty({batch, length}, accumulation()) : none(accumulation());
-  }
-
-  void same_device(const Tensor& t, const char* what) const {
-    STD_TORCH_CHECK(t.device() == x.device(), name, ": ", what, " is on another device than the first tensor");
-  }
-  void same_type(const Tensor& t, const char* what) const {
-    same_device(t, what);
-    STD_TORCH_CHECK(t.scalar_type() == type, name, ": ", what, " has another dtype than the first tensor");
-  }
-
-  // The tensor itself where its last dimension is dense, else a dense copy.
-  Tensor dense(const Tensor& t) const {
-    return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
-  }
-
-  Tensor rows_tensor(const Tensor& t, const char* what) const {
-    same_type(t, what);
-    STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == batch && t.size(1) == length && t.size(2) == width, name, ": ", what,
-                    " must have the first tensor's shape");
-    return dense(t);
-  }
-  void check_statistics(const Tensor& t, bool wanted, const char* what) const {
-    same_device(t, what);
-    STD_TORCH_CHECK(!wanted || (t.dim() == 2 && t.size(0) == batch && t.size(1) == length && t.is_contiguous() &&
-                                t.scalar_type() == accumulation()),
-                    name, ": ", what, " must be [batch, length], contiguous, of the accumulation dtype");
-  }
-};
 
 ConstRows view_rows(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
 ConstHeads view_heads(const Tensor& t) {
@@ -159,29 +53,12 @@ ConstRows view_modulation(const OptionalTensor& t) {
   if (!t) return {};
   return {t->const_data_ptr(), t->stride(0), per_token(t) ? t->stride(1) : 0};
 }
-const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
-void* out(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
 
 #ifdef TWOSTEP_CUDA
-template <class Params>
-void run_cuda(const Call& call, cudaError_t (*kernel)(const Params&, cudaStream_t), const Params& params) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, call.name, ": this PyTorch has no CUDA");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(call.x.get_device_index(), &stream));
-  const cudaError_t error = kernel(params, static_cast<cudaStream_t>(stream));
-  STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice, call.name,
-                  ": the binary holds no kernel for this GPU's architecture; `twostep doctor` prints both, "
-                  "and TORCH_CUDA_ARCH_LIST=<capability> pip install -e . builds for it");
-  STD_TORCH_CHECK(error == cudaSuccess, call.name, ": CUDA error ", cudaGetErrorName(error), ": ",
-                  cudaGetErrorString(error));
-}
-#define TWOSTEP_RUN(call, kernel, params) \
-  ((call).x.is_cuda() ? run_cuda((call), &cuda::kernel, (params)) : cpu::table().kernel(params))
 int64_t splits_of(const Call& call, int64_t width) {
   return call.x.is_cuda() ? cuda::splits(call.batch, call.length, width) : cpu::splits(call.batch, call.length, width);
 }
 #else
-#define TWOSTEP_RUN(call, kernel, params) cpu::table().kernel(params)
 int64_t splits_of(const Call& call, int64_t width) { return cpu::splits(call.batch, call.length, width); }
 #endif
 
@@ -482,29 +359,30 @@ std::tuple<Tensor, Tensor> swiglu_backward(Tensor dy, Tensor gate, Tensor up) {
   return {dgate, dup};
 }
 
-void torch_parallel_for_adapter(int64_t begin, int64_t end, int64_t grain, cpu::Body body, void* context) {
-  torch::stable::parallel_for(begin, end, grain, [=](int64_t first, int64_t last) { body(first, last, context); });
-}
-
-void register_kernels(torch::stable::detail::StableLibrary& m) {
-  m.impl("norm_modulate", TORCH_BOX(&norm_modulate));
-  m.impl("norm_modulate_backward", TORCH_BOX(&norm_modulate_backward));
-  m.impl("gated_residual", TORCH_BOX(&gated_residual));
-  m.impl("gated_residual_backward", TORCH_BOX(&gated_residual_backward));
-  m.impl("gated_residual_norm_modulate", TORCH_BOX(&gated_residual_norm_modulate));
-  m.impl("gated_residual_norm_modulate_backward", TORCH_BOX(&gated_residual_norm_modulate_backward));
-  m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
-  m.impl("qk_norm_rope_backward", TORCH_BOX(&qk_norm_rope_backward));
-  m.impl("rope", TORCH_BOX(&rope));
-  m.impl("swiglu", TORCH_BOX(&swiglu));
-  m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
+// The same for gate and up side by side in one tensor: their gradients are made side by side, and nobody joins them.
+Tensor swiglu_halves_backward(Tensor dy, Tensor halves) {
+  const Call call("swiglu_halves_backward", dy, 3);
+  const Tensor grad = call.dense(dy);
+  call.same_type(halves, "halves");
+  STD_TORCH_CHECK(halves.dim() == 3 && halves.size(0) == call.batch && halves.size(1) == call.length &&
+                      halves.size(2) == 2 * call.width,
+                  call.name, ": halves must be [batch, length, 2 * width], with the first tensor's batch and length");
+  const Tensor both = call.dense(halves);
+  Tensor made = call.empty({call.batch, call.length, 2 * call.width}, call.type);
+  const ConstRows gate = view_rows(both);
+  const Rows dgate{out(made), 2 * call.length * call.width, 2 * call.width};
+  const int64_t bytes = call.width * static_cast<int64_t>(made.element_size());
+  SwigluBackward p{call.dtype(), call.batch, call.length, call.width, view_rows(grad), gate, gate, dgate, dgate};
+  if (made.numel() == 0) return made;
+  p.up.data = static_cast<const char*>(gate.data) + bytes;
+  p.dup.data = static_cast<char*>(dgate.data) + bytes;
+  TWOSTEP_RUN(call, swiglu_backward, p);
+  return made;
 }
 
 }  // namespace
-}  // namespace twostep
 
-STABLE_TORCH_LIBRARY(twostep, m) {
-  twostep::cpu::set_parallel_for(twostep::torch_parallel_for_adapter);
+void define_blocks(Library& m) {
   m.def(
       "norm_modulate(Tensor x, Tensor? weight, Tensor? scale, Tensor? shift, bool layer, float eps) "
       "-> (Tensor y, Tensor mean, Tensor rstd)");
@@ -538,15 +416,22 @@ STABLE_TORCH_LIBRARY(twostep, m) {
   m.def("rope(Tensor x, Tensor freqs, bool inverse) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
+  m.def("swiglu_halves_backward(Tensor dy, Tensor halves) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(twostep, CPU, m) { twostep::register_kernels(m); }
-#ifdef TWOSTEP_CUDA
-STABLE_TORCH_LIBRARY_IMPL(twostep, CUDA, m) { twostep::register_kernels(m); }
-#endif
-
-// For tests and benchmarks, through ctypes: which instruction set the CPU kernels use, and choosing another.
-extern "C" __attribute__((visibility("default"))) const char* twostep_cpu_isa() { return twostep::cpu::table().isa; }
-extern "C" __attribute__((visibility("default"))) bool twostep_select_cpu_isa(const char* isa) {
-  return twostep::cpu::select_isa(isa);
+void implement_blocks(Library& m) {
+  m.impl("norm_modulate", TORCH_BOX(&norm_modulate));
+  m.impl("norm_modulate_backward", TORCH_BOX(&norm_modulate_backward));
+  m.impl("gated_residual", TORCH_BOX(&gated_residual));
+  m.impl("gated_residual_backward", TORCH_BOX(&gated_residual_backward));
+  m.impl("gated_residual_norm_modulate", TORCH_BOX(&gated_residual_norm_modulate));
+  m.impl("gated_residual_norm_modulate_backward", TORCH_BOX(&gated_residual_norm_modulate_backward));
+  m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
+  m.impl("qk_norm_rope_backward", TORCH_BOX(&qk_norm_rope_backward));
+  m.impl("rope", TORCH_BOX(&rope));
+  m.impl("swiglu", TORCH_BOX(&swiglu));
+  m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
+  m.impl("swiglu_halves_backward", TORCH_BOX(&swiglu_halves_backward));
 }
+
+}  // namespace twostep::bindings

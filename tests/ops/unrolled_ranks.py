@@ -1,0 +1,216 @@
+"""One rank of the distributed checks of the two-step backward: prints a JSON of findings on rank 0.
+
+python unrolled_ranks.py RANK WORLD FILE
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from twostep import ops
+
+SIGMAS = (1, 0.75, 0)
+BLOCKS, WIDTH = 4, 16
+
+
+class Net(nn.Module):
+    def __init__(self, seed: int, dtype: torch.dtype, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.checkpointed = checkpointed
+        torch.manual_seed(seed)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(BLOCKS)))
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + (checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x))
+        return x
+
+
+def whole(t: Tensor | None) -> Tensor | None:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def gradients(modules: list[nn.Module]) -> list[Tensor | None]:
+    found = [whole(p.grad) for module in modules for p in module.parameters()]
+    for module in modules:
+        module.zero_grad(set_to_none=True)
+    return [None if g is None else g.detach().clone() for g in found]
+
+
+def distance(left: list[Tensor | None], right: list[Tensor | None]) -> float:
+    """The largest difference; 0 for the same bits. A gradient that only one has is an infinite one."""
+    largest = 0.0
+    for a, b in zip(left, right, strict=True):
+        if a is None or b is None:
+            largest = float("inf") if a is not b else largest
+        elif not torch.equal(a, b):
+            largest = max(largest, float((a - b).abs().max()))
+    return largest
+
+
+def first_loss(x: Tensor) -> Tensor:
+    return x.square().mean()
+
+
+def final_loss(x: Tensor) -> Tensor:
+    return (x - 1).square().mean()
+
+
+def ddp(net: nn.Module) -> nn.Module:
+    return DistributedDataParallel(net)
+
+
+def sharded(net: Net) -> nn.Module:
+    for block in net.blocks:
+        fully_shard(block)
+    return fully_shard(net)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[str(func).split(".")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Findings:
+    def __init__(self, rank: int) -> None:
+        self.found: dict[str, Any] = {}
+        self.rank = rank
+
+    def compare(
+        self,
+        kind: str,
+        steps: str = "shared",
+        dtype: torch.dtype = torch.float32,
+        calls: int = 1,
+        checkpointed: bool = False,
+    ) -> None:
+        """Every mode and policy against plain and against one process, as distances, and the collectives of each."""
+        wrap = {"ddp": ddp, "fsdp": sharded}[kind]
+        noise = torch.randn(3, WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(self.rank))
+        nets = [Net(seed, dtype, checkpointed) for seed in ((1,) if steps == "shared" else (1, 2))]
+        modules = [wrap(copy.deepcopy(net)) for net in nets]
+        first, second = modules[0], modules[-1]
+        single = self._single_process(nets, calls, dtype)
+        plain = None
+        case = self.found.setdefault(f"{kind} {steps} {str(dtype)[6:]}" + " checkpointed" * checkpointed, {})
+        policies = [("plain", None)] + [
+            (mode, sync) for mode in ("retain", "recompute") for sync in (None, "last", "each")
+        ]
+        for mode, sync in policies:
+            with Collectives() as comms:
+                try:
+                    for _ in range(calls):
+                        ops.two_step_backward(
+                            first, second, noise, SIGMAS, first_loss, final_loss, mode=mode, sync=sync
+                        )
+                except ValueError as error:
+                    case[f"{mode} {sync}"] = {"error": str(error)}
+                    continue
+            on_shards = all(isinstance(p.grad, DTensor) for m in modules for p in m.parameters())
+            found = gradients(modules)
+            plain = found if plain is None else plain
+            case[f"{mode} {sync}"] = {
+                "from plain": distance(found, plain),
+                "from one process": distance(found, single),
+                "sharded": on_shards,
+                "gathered": comms.counts["_allgather_base_"],
+                "reduced": comms.counts["_reduce_scatter_base_"] + comms.counts["allreduce_"],
+            }
+
+    def _single_process(self, nets: list[Net], calls: int, dtype: torch.dtype) -> list[Tensor | None]:
+        """The same gradient from all ranks' noise in one process: the mean over ranks is that of the losses."""
+        alone = [copy.deepcopy(net) for net in nets]
+        world = dist.get_world_size()
+        for rank in range(world):
+            noise = torch.randn(3, WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(rank))
+            for _ in range(calls):
+                v0 = alone[0](noise)
+                z = noise - 0.25 * v0
+                x = z - 0.75 * alone[-1](z)
+                ((final_loss(x) + first_loss(noise - v0)) / world).backward()
+        return gradients(alone)  # type: ignore[arg-type]
+
+    def functions_need_modules(self) -> None:
+        net = sharded(Net(1, torch.float32))
+        noise = torch.randn(3, WIDTH)
+        step = lambda x: net(x)  # noqa: E731
+        arguments = (step, step, noise, SIGMAS, first_loss, final_loss)
+        try:
+            ops.two_step_backward(*arguments, sync="last")
+            self.found["functions"] = "no error"
+        except ValueError as error:
+            self.found["functions"] = str(error)
+        net.zero_grad()
+        # The trainer may be accumulating without synchronisation: its setting must come through.
+        net.set_requires_gradient_sync(False)
+        ops.two_step_backward(*arguments, sync="last", modules=(net, net))
+        self.found["sync stays off"] = all(p.grad is None for p in net.parameters())
+        net.set_requires_gradient_sync(True)
+        ops.two_step_backward(*arguments, sync="last", modules=(net, net))
+        accumulated = gradients([net])
+        for _ in range(2):
+            ops.two_step_backward(*arguments, modules=(net, net), sync="each")
+        self.found["accumulated without sync"] = distance(accumulated, gradients([net]))
+
+    def ddp_that_accumulates(self) -> None:
+        """no_sync of the caller's own around the first of two calls."""
+        net = ddp(Net(1, torch.float64))
+        noise = torch.randn(2, 3, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(self.rank))
+        results = []
+        for mode in ("plain", "retain", "recompute"):
+            with net.no_sync():  # type: ignore[operator]
+                ops.two_step_backward(net, net, noise[0], SIGMAS, first_loss, final_loss, mode=mode)
+            ops.two_step_backward(net, net, noise[1], SIGMAS, first_loss, final_loss, mode=mode)
+            results.append(gradients([net]))
+        self.found["no_sync"] = [distance(result, results[0]) for result in results]
+        try:
+            step = lambda x: net(x)  # noqa: E731
+            ops.two_step_backward(step, step, noise[0], SIGMAS, first_loss, final_loss, mode="retain", sync="each")
+            self.found["hidden ddp"] = "no error"
+        except ValueError as error:
+            self.found["hidden ddp"] = str(error)
+
+
+def main() -> None:
+    rank, world, store = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world)
+    findings = Findings(rank)
+    for kind in ("ddp", "fsdp"):
+        findings.compare(kind, "separate")
+        findings.compare(kind)
+        findings.compare(kind, dtype=torch.float64, calls=1 if kind == "fsdp" else 2)
+        findings.compare(kind, checkpointed=True)
+    findings.functions_need_modules()
+    findings.ddp_that_accumulates()
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank == 0:
+        print(json.dumps(findings.found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""`twostep demo`: the miniature's 8-step teacher becomes a 2-step student, and both are laid side by side.
+
+    OUT/prompts.txt, data/    captions, and the teacher's images for them: the discriminator's real ones
+    OUT/run/                  the training, by the recipe miniature-demo (turbo_pp); its student/ is the result
+    OUT/report/               report.html, and the same as a picture and as numbers
+    OUT/student/              the student as a folder of stock diffusers
+
+Whatever has been done is kept: interrupted at any moment, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RECIPE = "miniature-demo"
+PROMPTS = (0xDE30, 1024)  # the stream of the captions to learn from, and how many
+VARIETY = (24, 6)  # captions that are drawn several times, and how often
+INTERRUPTED = 130
+# Bars that the demo holds itself to: arXiv 2606.12575 has no numbers of its own for a model of this size.
+GAP, ALIGNED, VARIED, FASTER = 0.8, 0.9, 0.85, 3.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="key=value", help="settings over the recipe's, such as iterations=400")
+    add("--out", type=Path, default=Path("runs/demo"), help="where everything is put (default: %(default)s)")
+    add("--model", default="miniature", help="a folder that holds another miniature (default: the package's own)")
+    add("--images", type=int, default=500, help="images that quality is measured on (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+    from transformers.utils import logging
+
+    from .allocator import keep_freed_memory
+    from .export import ExportFailed
+    from .train.result import finished
+
+    logging.disable_progress_bar()
+    keep_freed_memory()
+    begun = time.monotonic()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        _say("1 of 3: the teacher draws what the discriminator takes for real")
+        if status := _cache(args.model, out):
+            return status
+        _say("2 of 3: a student learns to do in 2 steps what the teacher does in 8")
+        if (status := _train(args, out)) or not finished(out / "run"):
+            return status or INTERRUPTED  # stopped by a signal: everything is kept
+        _say("3 of 3: teacher and student draw the same captions")
+        report = _compare(args, out)
+        written = report.write(out / "report")
+        _say("the student leaves")
+        exported = _export(out)
+    except KeyboardInterrupt:
+        print("\ntwostep demo: interrupted; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, ExportFailed) as error:
+        print(f"twostep demo: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{report.text()}")
+    for verdict in report.verdicts:
+        print(f"{'met   ' if verdict.met else 'missed'}  {verdict.text}: {verdict.found} (asked: {verdict.asked})")
+    print(f"\n{(time.monotonic() - begun) / 60:.1f} minutes on {'a GPU' if torch.cuda.is_available() else 'the CPU'}")
+    print(f"report     {written[0]}\nstudent    {out / 'student'} ({exported})")
+    print(
+        "\nNext:\n"
+        f"  twostep sample --model {out / 'run'} --prompt 'a red circle above a green square' --count 8 --out images\n"
+        f"  twostep evaluate student={out / 'run'} --out report --images 2000     more images, tighter intervals\n"
+        f"  twostep demo --out {args.out} --model {args.model} "
+        "iterations=1000     a longer training goes on from here\n"
+        "  twostep train --list                                                 recipes for Z-Image and FLUX.2-klein"
+    )
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"== {text}", file=sys.stderr, flush=True)
+
+
+def _cache(model: str, out: Path) -> int:
+    from .train.data import cache_command
+    from .zoo.miniature import samples
+
+    prompts = out / "prompts.txt"
+    if not prompts.exists():
+        stream, count = PROMPTS
+        prompts.write_text("".join(f"{caption}\n" for caption in samples(stream, 0, count).captions), encoding="utf-8")
+    parser = argparse.ArgumentParser()
+    cache_command.add_arguments(parser)
+    given = [
+        "--model",
+        model,
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(out / "data"),
+        "--dtype",
+        "fp32",
+        "--batch",
+        "32",
+    ]
+    return cache_command.run(parser.parse_args(given))
+
+
+def _train(args: argparse.Namespace, out: Path) -> int:
+    from .train.command import add_arguments, run
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    data = out / "data"
+    own = [f"model={args.model}", f"out={out / 'run'}", f"data.prompts={out / 'prompts.txt'}"]
+    own += [f"data.contexts={data / 'contexts'}", f"data.teacher={data / 'teacher'}"]
+    return run(parser.parse_args([RECIPE, *own, *args.overrides]))
+
+
+def _compare(args: argparse.Namespace, out: Path) -> Any:
+    from dataclasses import replace
+
+    from .evaluate.command import Settings, study
+    from .evaluate.subjects import Subject
+
+    def teacher(name: str, **settings: Any) -> Subject:
+        return Subject(name, args.model, settings)
+
+    subjects = [
+        teacher("base at 28, guidance 4", steps=28, guidance=4.0, subfolder="base"),
+        teacher("teacher at 8", steps=8),
+        teacher("teacher at 2", steps=2),
+        Subject("student at 2", str(out / "run")),
+    ]
+    settings = Settings(out / "report", images=args.images, captions=VARIETY[0], seeds=VARIETY[1], title="twostep demo")
+    report = study(subjects, settings)
+    return replace(report, verdicts=verdicts({row.name: row for row in report.measured}))
+
+
+def verdicts(rows: dict[str, Any]) -> list[Any]:
+    from .evaluate.report import Verdict
+
+    student, eight, two = (rows[name] for name in ("student at 2", "teacher at 8", "teacher at 2"))
+
+    def value(row: Any, metric: str) -> float:
+        return float(row.metrics[metric].value)
+
+    def beside(metric: str, other: Any) -> float:
+        return share(value(student, metric), value(other, metric))
+
+    def verdict(text: str, found: float, asked: float, form: str) -> Verdict:
+        return Verdict(text, f"at least {asked:{form}}", f"{found:{form}}", found >= asked)
+
+    worse = value(two, "frechet") - value(eight, "frechet")
+    closed = share(value(two, "frechet") - value(student, "frechet"), worse)
+    return [
+        verdict("Frechet gap between the teacher at 2 and at 8 that is closed", closed, GAP, ".0%"),
+        verdict("captions kept, beside the teacher at 8", beside("aligned", eight), ALIGNED, ".0%"),
+        verdict("precision, beside the teacher at 2", beside("precision", two), 1.0, ".0%"),
+        verdict("diversity, beside the teacher at 8", beside("diversity", eight), VARIED, ".0%"),
+        verdict("coverage, beside the teacher at 8", beside("coverage", eight), VARIED, ".0%"),
+        verdict(
+            "times as fast as the teacher at 8", share(eight.network_seconds, student.network_seconds), FASTER, ".1f"
+        ),
+    ]
+
+
+def share(one: float, other: float) -> float:
+    """NaN, which meets no bar, where there is nothing to compare with."""
+    return one / other if other > 0 else float("nan")
+
+
+def _export(out: Path) -> str:
+    """As a folder of stock diffusers, which is loaded and run in a process that does not know this library."""
+    import torch
+
+    from .export import export_folder
+
+    made = export_folder(out / "run", out / "student", dtype=torch.float32, overwrite=True)
+    return f"{made.bytes / 2**20:.1f} MiB; stock diffusers draws the same images, to a relative {made.error:.1e}"

@@ -1,0 +1,1 @@
+"""`twostep reproduce EXPERIMENT`: what three papers claim, in miniature and over seeds, beside their own tables."""

@@ -1,0 +1,181 @@
+"""`twostep reproduce EXPERIMENT --out FOLDER`: trains every arm with every seed, measures all alike, writes the table.
+
+    FOLDER/prompts.txt, cache/, concept/    what arms learn from
+    FOLDER/ARM/seed-N/                      runs of `twostep train`
+    FOLDER/report/drawn/                    what was drawn
+    FOLDER/table.md, results.json           the table beside the paper's, and every number
+    FOLDER/report/                          page and picture of the first seed
+
+Everything is kept as it is made: whatever ends it, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .experiments import EXPERIMENTS, Arm, Experiment
+
+PROMPTS = (0x9E0D, 2048)  # the stream of captions, and how many
+CONCEPT = (0xC1A2, 64, 256)  # its stream, images to learn from, and images that it is looked for in
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("experiment", choices=EXPERIMENTS)
+    add("overrides", nargs="*", metavar="key=value", help="settings of every arm's recipe, such as batch=16")
+    add("--out", type=Path, help="where everything is put (default: runs/reproduce/EXPERIMENT)")
+    add("--model", default="miniature", help="a folder that holds another miniature (default: the package's own)")
+    add("--seeds", type=int, default=3, help="runs of every arm (default: %(default)s)")
+    add("--iterations", type=int, help="of every run (default: the experiment's)")
+    add("--images", type=int, default=1000, help="images that quality is measured on (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from ..allocator import keep_freed_memory
+    from ..train.result import finished
+
+    logging.disable_progress_bar()
+    keep_freed_memory()
+    experiment = EXPERIMENTS[args.experiment]
+    args.out = (args.out or Path("runs/reproduce") / experiment.name).resolve()
+    try:
+        if args.seeds < 1 or (args.iterations or 1) < 1:
+            raise ValueError(f"--seeds is {args.seeds} and --iterations {args.iterations}, expected at least 1")
+        args.out.mkdir(parents=True, exist_ok=True)
+        if status := _prepare(experiment, args):
+            return status
+        trained = [arm for arm in experiment.arms if arm.recipe is not None]
+        for number, (seed, arm) in enumerate([(s, a) for s in range(args.seeds) for a in trained], start=1):
+            _say(f"run {number} of {args.seeds * len(trained)}: {arm.name}, seed {seed}")
+            folder = _folder(args, arm, seed)
+            if (status := _train(experiment, arm, seed, args)) or not finished(folder):
+                return status or 130  # stopped by a signal: everything is kept
+        _say("measuring")
+        _measure(experiment, args)
+    except KeyboardInterrupt:
+        print("\ntwostep reproduce: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"twostep reproduce: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"== {text}", file=sys.stderr, flush=True)
+
+
+def _folder(args: argparse.Namespace, arm: Arm, seed: int) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", arm.name.lower().replace("+", "plus")).strip("-")
+    return Path(args.out) / slug / f"seed-{seed}"
+
+
+def _prepare(experiment: Experiment, args: argparse.Namespace) -> int:
+    from ..train.data import cache_command
+    from ..zoo.miniature import samples
+    from .concept import write_folder
+
+    if experiment.concept and not (args.out / "concept").exists():
+        stream, count, _ = CONCEPT
+        write_folder(args.out / "concept.new", stream, count)
+        (args.out / "concept.new").rename(args.out / "concept")
+    if not experiment.cached:
+        return 0
+    prompts = args.out / "prompts.txt"
+    if not prompts.exists():
+        stream, count = PROMPTS
+        new = prompts.with_suffix(".new")
+        new.write_text("".join(f"{caption}\n" for caption in samples(stream, 0, count).captions), encoding="utf-8")
+        new.replace(prompts)
+    parser = argparse.ArgumentParser()
+    cache_command.add_arguments(parser)
+    given = ["--model", args.model, "--prompts", str(prompts), "--out", str(args.out / "cache")]
+    return cache_command.run(parser.parse_args([*given, "--dtype", "fp32", "--batch", "32"]))
+
+
+def _train(experiment: Experiment, arm: Arm, seed: int, args: argparse.Namespace) -> int:
+    from ..train.command import add_arguments, run
+
+    assert arm.recipe is not None
+    places = {"PROMPTS": args.out / "prompts.txt", "CACHE": args.out / "cache", "CONCEPT": args.out / "concept"}
+    settings = list(arm.settings)
+    for word, place in places.items():
+        settings = [setting.replace(word, str(place)) for setting in settings]
+    own = [f"model={args.model}", f"out={_folder(args, arm, seed)}", f"seed={seed}"]
+    own += [f"iterations={args.iterations or experiment.iterations}", "watch.evaluate=null"]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args([arm.recipe, *own, *settings, *args.overrides]))
+
+
+def _measure(experiment: Experiment, args: argparse.Namespace) -> None:
+    from ..evaluate.command import Settings, study
+    from ..evaluate.subjects import Subject
+    from .table import markdown
+
+    begun = time.monotonic()
+    values: dict[str, dict[str, list[float]]] = {arm.name: {} for arm in experiment.arms}
+    for seed in range(args.seeds):
+        subjects = []
+        for arm in experiment.arms:
+            if arm.recipe is not None:
+                subjects.append(Subject(arm.name, str(_folder(args, arm, seed))))
+            elif seed == 0:
+                subjects.append(Subject(arm.name, args.model, dict(arm.sampled)))
+        settings = Settings(args.out / "report", images=args.images, title=f"twostep reproduce {experiment.name}")
+        report = study(subjects, settings)
+        rows = {row.name: row for row in report.measured}
+        for subject in subjects:
+            found = {name: interval.value for name, interval in rows[subject.name].metrics.items()}
+            if experiment.concept:
+                found["concept"] = _concept(subject, args.out / "report" / "drawn")
+            for name, value in found.items():
+                values[subject.name].setdefault(name, []).append(value)
+        if seed == 0:
+            report.write(args.out / "report")
+    table = markdown(experiment, values, args.seeds)
+    facts: dict[str, Any] = {
+        "experiment": experiment.name,
+        "iterations": args.iterations or experiment.iterations,
+        "overrides": args.overrides,
+        "seeds": args.seeds,
+        "images": args.images,
+        "training_seconds": {arm.name: _seconds(args, arm) for arm in experiment.arms if arm.recipe is not None},
+        "measuring_seconds": round(time.monotonic() - begun, 1),
+        "values": values,
+    }
+    for name, text in (("table.md", table), ("results.json", json.dumps(facts, indent=1) + "\n")):
+        new = args.out / f".{name}.new"
+        new.write_text(text, encoding="utf-8")
+        new.replace(args.out / name)
+    print(table)
+    print(args.out / "table.md")
+
+
+def _concept(subject: Any, kept: Path) -> float:
+    """The share of images that show the concept, of captions that name it."""
+    import torch
+
+    from ..evaluate.subjects import Order, draw_once
+    from .concept import captions, shows
+
+    stream, _, count = CONCEPT
+    order = Order(tuple(captions(stream + 1, count)), tuple(range(count)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    (drawn,) = draw_once(subject, (order,), kept, dtype=dtype, device=device)
+    return float(shows(drawn.pixels()).double().mean())
+
+
+def _seconds(args: argparse.Namespace, arm: Arm) -> list[float]:
+    from ..train.journal import read_metrics
+
+    return [read_metrics(_folder(args, arm, seed))[-1]["seconds"] for seed in range(args.seeds)]

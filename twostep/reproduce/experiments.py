@@ -1,0 +1,153 @@
+"""The experiments: arms of training by recipes of the package, what a paper reports of them, and what it claims.
+
+An arm is a recipe and its settings, or a model that is only sampled. Claims are orderings of two arms by one metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+DATA = "data={kind: prompts, prompts: PROMPTS, contexts: CACHE/contexts, teacher: CACHE/teacher}"
+DRAWN = "data={kind: shapes}"
+CONCEPT = "data={kind: images, folder: CONCEPT}"
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    recipe: str | None = None  # None: the model itself, sampled
+    settings: tuple[str, ...] = ()
+    sampled: Mapping[str, Any] = field(default_factory=dict)  # steps, guidance, subfolder
+    paper: tuple[float | str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """By this metric `better` is better than `worse`."""
+
+    better: str
+    worse: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str
+    paper: str
+    columns: tuple[str, ...]  # of the paper's table
+    arms: tuple[Arm, ...]
+    claims: tuple[Claim, ...]
+    iterations: int
+    metrics: tuple[str, ...] = ("frechet", "aligned", "precision", "coverage", "diversity")
+    cached: bool = False  # the teacher's images are drawn ahead
+    concept: bool = False  # arms learn a new concept, and are also asked for it
+
+
+def _turbo(name: str, *settings: str, paper: Sequence[float] = ()) -> Arm:
+    return Arm(name, "miniature-turbo-pp", (DATA, *settings), paper=tuple(paper))
+
+
+_FULL, _BASELINE = "full: end to end", "baseline: real images"
+_SHARED, _CUT = "roles.student.per_step=false", "method.end_to_end=false"
+
+TURBO_PP = Experiment(
+    name="turbo-pp",
+    paper="Z-Image Turbo++, arXiv 2606.12575",
+    columns=("OneIG", "GenEval", "DPG", "LongText-CN", "LongText-EN"),
+    arms=(
+        Arm("teacher at 2", sampled={"steps": 2}, paper=(50.94, 76.53, 85.78, 78.48, 72.89)),
+        Arm("teacher at 8", sampled={"steps": 8}, paper=(52.84, 75.01, 84.86, 92.56, 91.74)),
+        _turbo(_BASELINE, _SHARED, _CUT, DRAWN, paper=(51.72, 77.50, 84.74, 87.13, 83.29)),
+        _turbo("+ teacher images", _SHARED, _CUT, paper=(51.89, 72.72, 84.86, 87.16, 86.03)),
+        _turbo("+ decoupled weights", _CUT, paper=(52.15, 74.67, 85.39, 89.27, 85.81)),
+        _turbo(_FULL, paper=(52.50, 75.70, 85.86, 91.62, 89.88)),
+        _turbo("full, shared weights", _SHARED, paper=(50.67, 73.62, 85.51, 87.64, 81.14)),
+        Arm("full, per-step LoRA", "miniature-turbo-pp-lora", (DATA,), paper=(50.96, 76.10, 86.58, 80.71, 76.90)),
+        _turbo("full, no step-1 loss", "method.step_one_loss=false", paper=(50.16, 71.02, 83.98, 84.49, 82.07)),
+    ),
+    claims=(
+        Claim(_FULL, "teacher at 2", "frechet"),
+        Claim("+ teacher images", _BASELINE, "frechet"),
+        Claim("+ decoupled weights", "+ teacher images", "frechet"),
+        Claim(_FULL, "+ decoupled weights", "frechet"),
+        Claim(_FULL, "full, shared weights", "frechet"),
+        Claim(_FULL, "full, per-step LoRA", "frechet"),
+        Claim(_FULL, "full, no step-1 loss", "frechet"),
+        Claim(_FULL, "full, no step-1 loss", "aligned"),
+        Claim("teacher at 8", _FULL, "diversity"),
+    ),
+    iterations=200,
+    cached=True,
+)
+
+_DMD = ("guidance.weights={dmd: 1, fake_score: 1, generator_gan: 0, discriminator: 0}", "roles.student.subfolder=base")
+_GAN = ("guidance.weights={dmd: 1, fake_score: 1, generator_gan: 0.1, discriminator: 0.1}", _DMD[1])
+
+
+def _dp(name: str, *settings: str, paper: Sequence[float] = ()) -> Arm:
+    return Arm(name, "miniature-dp-dmd", settings, paper=tuple(paper))
+
+
+DP_DMD = Experiment(
+    name="dp-dmd",
+    paper="DP-DMD, arXiv 2602.03139 (SD3.5-M)",
+    columns=("DINO diversity", "CLIP diversity", "ImageReward", "PickScore"),
+    arms=(
+        Arm("base", sampled={"steps": 28, "guidance": 4.0, "subfolder": "base"}, paper=(0.240, 0.221, 1.007, 21.80)),
+        _turbo("DMD", *_DMD, paper=(0.137, 0.133, 1.189, 21.75)),
+        _turbo("DMD + GAN", *_GAN, paper=(0.183, 0.162, 1.033, 21.63)),
+        _dp("DP-DMD", paper=(0.179, 0.182, 1.142, 21.76)),
+        _turbo("turbo-pp"),
+        _dp("DP-DMD, weight .01", "method.diversity=0.01"),
+        _dp("DP-DMD, weight .25", "method.diversity=0.25"),
+        _dp("DP-DMD, weight 1", "method.diversity=1"),
+        _dp("DP-DMD, anchor .9", "roles.student.sigmas=[1, 0.9, 0]"),
+        _dp("DP-DMD, anchor .5", "roles.student.sigmas=[1, 0.5, 0]"),
+    ),
+    claims=(
+        Claim("base", "DMD", "diversity"),
+        Claim("DP-DMD", "DMD", "diversity"),
+        Claim("DP-DMD", "turbo-pp", "diversity"),
+        Claim("DMD + GAN", "DMD", "diversity"),
+        Claim("DP-DMD, weight 1", "DP-DMD, weight .01", "diversity"),
+    ),
+    iterations=200,
+    cached=True,
+)
+
+_TUNED = (
+    "roles.student={steps: 8, weights: lora, rank: 16, alpha: 32, per_step: false, subfolder: transformer}",
+    CONCEPT,
+)
+_PLAIN = (
+    "method.caption_dropout=0",
+    "method.image_contexts=0",
+    "optimizers.generator={kind: adamw, lr: 1e-3, warmup: 10}",
+)
+_DISTILLED = ("method.ema=0.99", "optimizers.generator.lr=1e-3")
+
+D_OPSD = Experiment(
+    name="d-opsd",
+    paper="D-OPSD, arXiv 2605.05204 (full fine-tuning, third-party transcription)",
+    columns=("FID", "GenEval"),
+    arms=(
+        Arm("before", sampled={"steps": 8}, paper=(48.69, 0.754)),
+        Arm("plain fine-tuning", "miniature-flow-matching", (*_TUNED, *_PLAIN), paper=(82.20, "about .16")),
+        Arm("off-policy distillation", "miniature-d-opsd", (*_TUNED, *_DISTILLED, "method.on_policy=false")),
+        Arm("D-OPSD", "miniature-d-opsd", (*_TUNED, *_DISTILLED), paper=(40.49, 0.717)),
+    ),
+    claims=(
+        Claim("D-OPSD", "before", "concept"),
+        Claim("D-OPSD", "plain fine-tuning", "concept"),
+        Claim("D-OPSD", "plain fine-tuning", "frechet"),
+        Claim("D-OPSD", "plain fine-tuning", "aligned"),
+        Claim("D-OPSD", "off-policy distillation", "frechet"),
+    ),
+    iterations=300,
+    metrics=("concept", "frechet", "aligned", "precision", "coverage", "diversity"),
+    concept=True,
+)
+
+EXPERIMENTS = {experiment.name: experiment for experiment in (TURBO_PP, DP_DMD, D_OPSD)}

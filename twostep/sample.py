@@ -1,0 +1,176 @@
+"""`twostep sample --model FOLDER --prompt TEXT --out DIR`: images of prompts, from a student or a pipeline.
+
+    OUT/0000-a-red-circle-7.png    number, prompt, seed; all of it is in the PNG's own text as well
+    OUT/sheet.png                  all of them on one sheet
+
+Images that are there already, of the same prompt, seed and model, are kept: the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FAULT, INTERRUPTED = 2, 130
+MOST_ON_SHEET = 256
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="a run or its student, a diffusers pipeline, a hub id, or `miniature`")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    add("--prompts", type=Path, metavar="FILE", help=".txt (one a line), .jsonl or .parquet")
+    add("--seed", type=int, default=0, help="of each prompt's first image (default: %(default)s)")
+    add(
+        "--count", type=int, default=1, metavar="N", help="images of each prompt, with seeds that count up (default: 1)"
+    )
+    add("--out", type=Path, required=True, help="folder of the images")
+    add("--steps", type=int, help="of a pipeline; a student has its own (default for a pipeline: 8)")
+    add("--guidance", type=float, default=1.0, metavar="W", help="of a pipeline; 1 is none (default: 1)")
+    add("--subfolder", default="transformer", help="where in a pipeline the transformer lies (default: %(default)s)")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="in pixels (default: what the model was made for)")
+    add("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
+    add(
+        "--dtype", choices=("bfloat16", "float32"), help="of the networks (default: bfloat16 on a GPU, float32 without)"
+    )
+    add("--device", help="default: a GPU if there is one")
+    add("--overwrite", action="store_true", help="draw anew what is there")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        print(f"\ntwostep sample: interrupted; the same command goes on at what {args.out} lacks", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        print(f"twostep sample: {error}", file=sys.stderr)
+        return FAULT
+
+
+@dataclass(frozen=True)
+class Wanted:
+    number: int
+    prompt: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:60].rstrip("-")
+        return f"{self.number:04}-{words or 'prompt'}-{self.seed}.png"
+
+
+def _run(args: argparse.Namespace) -> int:
+    import torch
+    from transformers.utils import logging
+
+    from .zoo import load_text_to_image
+    from .zoo.saved_student import student_folder
+
+    for name, least in (("count", 1), ("batch", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}, expected at least {least}")
+    prompts = _prompts(args)
+    wanted = [
+        Wanted(number, prompt, args.seed + copy)
+        for number, (prompt, copy) in enumerate((p, c) for p in prompts for c in range(args.count))
+    ]
+    facts = {"model": str(args.model), "steps": args.steps, "guidance": args.guidance, "subfolder": args.subfolder}
+    facts["size"] = args.size
+    missing = [one for one in wanted if args.overwrite or not _is_there(args.out / one.name, one, facts)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    if missing:
+        logging.disable_progress_bar()
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+        steps = args.steps
+        if steps is None and student_folder(args.model) is None:
+            steps = 8
+        model = load_text_to_image(
+            args.model, steps=steps, guidance=args.guidance, subfolder=args.subfolder, dtype=dtype, device=device
+        )
+        _draw(model, missing, args, facts)
+    sheet = _sheet([args.out / one.name for one in wanted], wanted, args.out / "sheet.png")
+    print(f"{len(wanted)} images in {args.out} ({len(wanted) - len(missing)} were there){sheet}")
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if bool(args.prompt) == (args.prompts is not None):
+        raise ValueError("give --prompt TEXT (once or several times), or --prompts FILE")
+    if args.prompt:
+        return list(args.prompt)
+    from .train.data import read_prompts
+
+    return list(read_prompts(args.prompts))
+
+
+def _is_there(path: Path, wanted: Wanted, facts: dict[str, Any]) -> bool:
+    """True for the very image; ValueError for another one of that name."""
+    from PIL import Image
+
+    if not path.exists():
+        return False
+    with Image.open(path) as image:
+        found = json.loads(image.info.get("twostep", "{}"))
+    if found != {**facts, "prompt": wanted.prompt, "seed": wanted.seed}:
+        raise ValueError(
+            f"{path} is there, and is another image (its settings: {found}); give another --out, or --overwrite"
+        )
+    return True
+
+
+def _draw(model: Any, missing: list[Wanted], args: argparse.Namespace, facts: dict[str, Any]) -> None:
+    from .evaluate.subjects import to_bytes
+    from .progress import counter
+
+    size = None if args.size is None else tuple(args.size)
+    model.draw([missing[0].prompt], [missing[0].seed], size)  # what is made once is made, and a wrong size is told
+    begun = time.perf_counter()
+    with counter("images", len(missing)) as advance:
+        for start in range(0, len(missing), args.batch):
+            some = missing[start : start + args.batch]
+            images = model.draw([one.prompt for one in some], [one.seed for one in some], size)
+            for one, pixels in zip(some, to_bytes(images).cpu(), strict=True):
+                _save(args.out / one.name, pixels, {**facts, "prompt": one.prompt, "seed": one.seed})
+            advance(len(some))
+    seconds = (time.perf_counter() - begun) / len(missing)
+    print(f"{model.steps} steps, {model.evaluations} evaluations, {seconds:.3g} seconds an image on {model.device}")
+
+
+def _save(path: Path, pixels: Any, facts: dict[str, Any]) -> None:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from . import __version__
+
+    text = PngInfo()
+    text.add_itxt("prompt", facts["prompt"])
+    text.add_text("seed", str(facts["seed"]))
+    text.add_itxt("model", facts["model"])
+    text.add_text("software", f"twostep {__version__}")
+    text.add_itxt("twostep", json.dumps(facts))
+    new = path.with_name(f".{path.name}.new")
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(new, format="PNG", pnginfo=text)
+    new.replace(path)
+
+
+def _sheet(paths: list[Path], wanted: list[Wanted], target: Path) -> str:
+    import math
+
+    import torch
+
+    from .evaluate.sheet import contact_sheet
+    from .evaluate.subjects import read_images
+
+    paths, wanted = paths[:MOST_ON_SHEET], wanted[:MOST_ON_SHEET]
+    images = read_images(paths).images.to(torch.float32) / 127.5 - 1
+    sheet = contact_sheet(images, columns=math.ceil(math.sqrt(len(paths))), captions=[one.prompt for one in wanted])
+    sheet.save(target)
+    return f"; {target.name} shows the first {MOST_ON_SHEET}" if len(paths) == MOST_ON_SHEET else f"; on one: {target}"
