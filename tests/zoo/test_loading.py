@@ -1,0 +1,207 @@
+"""load_backbone: what diffusers saves loads, in any dtype and sharding, and what is no model is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
+from huggingface_hub.errors import EntryNotFoundError
+
+from twostep.zoo import load_backbone
+from twostep.zoo.flux2.backbone import Flux2Backbone
+from twostep.zoo.z_image.backbone import ZImageBackbone
+
+from .models import CASES, batch_of, call_stock, relative_error, stock_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    stock_model(CASES["z-image"]).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", ["z-image", "flux2, masked captions"])
+@pytest.mark.parametrize("shard", ["1GB", "100KB"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_it_computes_what_was_saved(name: str, shard: str, fused: bool, tmp_path: Path) -> None:
+    case = CASES[name]
+    model, batch = stock_model(case), batch_of(case)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    backbone = load_backbone(tmp_path, dtype=torch.float32, fused=fused)
+    assert isinstance(backbone, ZImageBackbone if case.family == "z-image" else Flux2Backbone)
+    assert backbone.fused is fused and not backbone.training
+    with torch.no_grad():
+        found = backbone.velocity(batch.x, batch.sigma, batch.context)
+        assert relative_error(found, call_stock(model, case, batch)) <= 1e-5
+
+
+def test_dtypes(folder: Path) -> None:
+    batch = batch_of(CASES["z-image"])
+    assert load_backbone(folder).dtype == torch.bfloat16
+    for dtype in (torch.float16, torch.float64):
+        backbone = load_backbone(folder, dtype=dtype)
+        assert backbone.dtype == dtype
+        out = backbone.velocity(batch.x, batch.sigma, batch.context)
+        assert out.dtype == batch.x.dtype and bool(out.isfinite().all())
+
+
+def test_weights_are_not_initialised_before_they_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta-device loading: a linear layer that is made with real memory and random numbers would call this."""
+
+    def not_on_meta(linear: torch.nn.Linear) -> None:
+        assert linear.weight.is_meta
+
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", not_on_meta)
+    load_backbone(folder)
+
+
+def test_a_pipelines_folder_gives_its_transformer_and_shift(tmp_path: Path) -> None:
+    model = stock_model(CASES["z-image"])
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=6.0), vae, None, None, model).save_pretrained(tmp_path)
+    backbone = load_backbone(tmp_path)
+    assert backbone.default_shift(16, 16, 8) == 6.0
+    assert load_backbone(tmp_path / "transformer").default_shift(16, 16, 8) == 3.0
+    (tmp_path / "transformer").rename(tmp_path / "transformer_2")
+    assert load_backbone(tmp_path, subfolder="transformer_2").default_shift(16, 16, 8) == 6.0
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not exist; expected a diffusers folder, or a hub id"):
+        load_backbone(tmp_path / "nothing")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        load_backbone(tmp_path / "file")
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "holiday.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"config\.json is missing.*it holds holiday\.txt"):
+        load_backbone(tmp_path)
+
+
+def test_a_class_that_is_not_supported(tmp_path: Path) -> None:
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is a AutoencoderKL; supported are ZImageTransformer2DModel"):
+        load_backbone(tmp_path)
+
+
+def test_a_broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_backbone(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    stock_model(CASES["z-image"]).save_pretrained(tmp_path, max_shard_size="100KB")
+    gone = sorted(tmp_path.glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(ValueError, match=rf"lacks 1 of \d+ shards .*{gone.name}"):
+        load_backbone(tmp_path)
+
+
+def test_no_weights(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"no \.safetensors"):
+        load_backbone(folder)
+
+
+def test_pickled_weights_are_not_read(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    torch.save(stock_model(CASES["z-image"]).state_dict(), folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no \.safetensors"):
+        load_backbone(folder)
+
+
+def test_weights_that_lack_a_tensor(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["layers.1.attention.to_q.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing keys.*layers\.1\.attention\.to_q\.weight"):
+        load_backbone(folder)
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "cap_feat_dim": 28}))
+    with pytest.raises((ValueError, RuntimeError), match="cap_embedder"):
+        load_backbone(folder)
+
+
+def test_a_truncated_file_is_an_error(folder: Path) -> None:
+    (file,) = folder.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(Exception, match=r"(?i)safetensor|incomplete|corrupt|metadata"):
+        load_backbone(folder)
+
+
+def test_guidance_input(tmp_path: Path) -> None:
+    stock_model(CASES["flux2, odd width, guidance input"]).save_pretrained(tmp_path / "dev")
+    with pytest.raises(ValueError, match=r"embedded_guidance=\.\.\., 4\.0"):
+        load_backbone(tmp_path / "dev")
+    assert load_backbone(tmp_path / "dev", embedded_guidance=4.0).embedded_guidance == 4.0
+    stock_model(CASES["flux2"]).save_pretrained(tmp_path / "klein")
+    with pytest.raises(ValueError, match="has no guidance input"):
+        load_backbone(tmp_path / "klein", embedded_guidance=4.0)
+    stock_model(CASES["z-image"]).save_pretrained(tmp_path / "z")
+    with pytest.raises(ValueError, match=r"embedded_guidance is for FLUX\.2"):
+        load_backbone(tmp_path / "z", embedded_guidance=4.0)
+    shutil.rmtree(tmp_path / "z")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository owner/name as huggingface_hub has it on disk after a download, and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    stock_model(CASES["z-image"]).save_pretrained(snapshot / "transformer")
+    FlowMatchEulerDiscreteScheduler(shift=6.0).save_pretrained(snapshot / "scheduler")
+    return snapshot
+
+
+def test_a_hub_id_loads_as_its_folder_does(hub: Path) -> None:
+    batch = batch_of(CASES["z-image"])
+    backbone = load_backbone("owner/name", dtype=torch.float32)
+    assert backbone.fused and backbone.default_shift(16, 16, 8) == 6.0
+    with torch.no_grad():
+        found = backbone.velocity(batch.x, batch.sigma, batch.context)
+        assert relative_error(found, call_stock(stock_model(CASES["z-image"]), CASES["z-image"], batch)) <= 1e-5
+
+
+def test_a_scheduler_that_is_not_there_is_not_one_that_could_not_be_asked_for(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(hub / "scheduler")
+    with pytest.raises(OSError, match="scheduler"):  # off-line, nobody knows the pipeline's shift
+        load_backbone("owner/name")
+
+    def answer(*_: object, **__: object) -> None:
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "load_config", classmethod(_as_diffusers_says(answer)))
+    assert load_backbone("owner/name").default_shift(16, 16, 8) == 3.0
+
+
+def _as_diffusers_says(answer: Callable[..., None]) -> Callable[..., None]:
+    def load_config(_: object, *__: object, **___: object) -> None:
+        try:
+            answer()
+        except EntryNotFoundError:
+            raise OSError("owner/name does not appear to have a file named scheduler_config.json.")  # noqa: B904
+
+    return load_config

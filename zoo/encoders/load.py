@@ -1,0 +1,101 @@
+"""A text encoder from a diffusers pipeline: the pipeline's class says which family it belongs to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .klein import KleinTextEncoder
+from .protocol import TextEncoder
+from .zimage import ZImageOmniTextEncoder, ZImageTextEncoder
+
+FAMILIES: dict[str, Any] = {
+    "ZImagePipeline": ZImageTextEncoder,
+    "ZImageImg2ImgPipeline": ZImageTextEncoder,
+    "ZImageInpaintPipeline": ZImageTextEncoder,
+    "ZImageControlNetPipeline": ZImageTextEncoder,
+    "ZImageControlNetInpaintPipeline": ZImageTextEncoder,
+    "ZImageOmniPipeline": ZImageOmniTextEncoder,
+    "Flux2KleinPipeline": KleinTextEncoder,
+    "Flux2KleinInpaintPipeline": KleinTextEncoder,
+    "Flux2KleinKVPipeline": KleinTextEncoder,
+}
+
+
+def load_text_encoder(
+    folder_or_hub_id: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    **settings: Any,
+) -> TextEncoder:
+    """The text encoder of a diffusers pipeline, as that pipeline uses it.
+
+    Args:
+        folder_or_hub_id: a pipeline's folder (model_index.json, text_encoder/, tokenizer/), or its name on the
+            Hugging Face hub; nothing but these three is downloaded.
+        settings: what the family's encoder takes: max_tokens; layers for klein; images for the omni model.
+
+    Only the layers that the features need are kept, and only they reach the device.
+    """
+    import transformers
+
+    folder = _folder(folder_or_hub_id)
+    index = _pipeline_index(folder)
+    pipeline = index["_class_name"]
+    if pipeline not in FAMILIES:
+        raise ValueError(
+            f"load_text_encoder: {folder} holds a {pipeline}; text encoders are known for {', '.join(sorted(FAMILIES))}"
+        )
+    library, name = index.get("text_encoder") or ("", "")
+    if library != "transformers" or not hasattr(transformers, name):
+        raise ValueError(
+            f"load_text_encoder: model_index.json of {folder} says that the text encoder is {name} of {library}, "
+            f"expected a class of transformers such as Qwen3Model"
+        )
+    for part in ("text_encoder", "tokenizer"):
+        if not (folder / part).is_dir():
+            raise ValueError(f"load_text_encoder: {folder} has no folder {part}/; download the pipeline again")
+    model = getattr(transformers, name).from_pretrained(folder / "text_encoder", dtype=dtype, use_safetensors=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    encoder = FAMILIES[pipeline](model.eval().requires_grad_(False), tokenizer, **settings)
+    encoder.model.to(device)
+    loaded: TextEncoder = encoder
+    return loaded
+
+
+def _folder(folder_or_hub_id: str | Path) -> Path:
+    folder = Path(folder_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    # A hub's name is "owner/model"; everything else is a folder that is not there.
+    if (
+        isinstance(folder_or_hub_id, Path)
+        or folder_or_hub_id.count("/") != 1
+        or folder_or_hub_id.startswith((".", "/", "~"))
+    ):
+        raise ValueError(
+            f"load_text_encoder: there is no folder {folder}; give a pipeline's folder, or owner/name on the hub"
+        )
+    from huggingface_hub import snapshot_download
+
+    wanted = ["model_index.json", "text_encoder/*", "tokenizer/*"]
+    return Path(snapshot_download(folder_or_hub_id, allow_patterns=wanted))
+
+
+def _pipeline_index(folder: Path) -> dict[str, Any]:
+    path = folder / "model_index.json"
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"load_text_encoder: {folder} has no model_index.json, so it is no diffusers pipeline"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"load_text_encoder: {path} is not JSON: {error}") from error
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise ValueError(f"load_text_encoder: {path} names no pipeline class (_class_name)")
+    return index

@@ -1,0 +1,146 @@
+"""`load_backbone`: a diffusers folder or hub id becomes a Backbone. config.json says which class it is.
+
+Loading is diffusers' own: meta-device initialisation, sharded safetensors, any dtype. Only safetensors are read;
+pickled weights could run code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel, ZImageTransformer2DModel
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from .backbone import Backbone
+from .flux2.backbone import Flux2Backbone
+from .fuse import fuse
+from .z_image.backbone import ZImageBackbone
+
+# The classes that can be loaded. Adding a backbone is described in docs/zoo.md.
+FAMILIES: dict[str, tuple[Any, type[Backbone]]] = {
+    "ZImageTransformer2DModel": (ZImageTransformer2DModel, ZImageBackbone),
+    "Flux2Transformer2DModel": (Flux2Transformer2DModel, Flux2Backbone),
+}
+
+
+def load_backbone(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    fused: bool = True,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    embedded_guidance: float | None = None,
+) -> Backbone:
+    """The transformer in a diffusers folder or hub repository, as a Backbone on `device` in `dtype`.
+
+    Args:
+        path: a transformer's folder (config.json beside safetensors), a pipeline's folder (model_index.json; its
+            `transformer` is taken), or a hub id "owner/name".
+        fused: run on twostep.ops; False keeps the stock modules.
+        subfolder: where the transformer lies, if not in `transformer`: "transformer_2" of an exported student.
+        revision: of the hub repository.
+        embedded_guidance: for FLUX.2 models that were distilled with a guidance input.
+    """
+    folder = Path(path)
+    local = folder.is_dir()
+    if not local and (folder.exists() or len(str(path).split("/")) != 2 or str(path).startswith((".", "/", "~"))):
+        found = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(
+            f"load_backbone: {path} {found}; expected a diffusers folder, or a hub id of the form owner/name"
+        )
+    if subfolder is None and (not local or (folder / "model_index.json").is_file()):
+        subfolder = "transformer"
+    stock, backbone = _family(path, _config(path, subfolder, revision, local))
+    model = _weights(stock, path, subfolder, revision, local, dtype)
+    if fused:
+        fuse(model)
+    keywords: dict[str, Any] = {}
+    if embedded_guidance is not None:
+        if backbone is not Flux2Backbone:
+            raise ValueError(f"load_backbone: embedded_guidance is for FLUX.2, and {path} is a {stock.__name__}")
+        keywords["embedded_guidance"] = embedded_guidance
+    if backbone is ZImageBackbone:
+        keywords.update(_shift(path, subfolder, revision, local))
+    return backbone(model.to(device), **keywords).eval()
+
+
+def _config(path: str | Path, subfolder: str | None, revision: str | None, local: bool) -> dict[str, Any]:
+    if not local:
+        # Any model's class reads the config of any: they have the name of the file in common.
+        return ZImageTransformer2DModel.load_config(str(path), subfolder=subfolder, revision=revision)
+    file = Path(path, subfolder or "", "config.json")
+    if not file.is_file():
+        inside = sorted(entry.name for entry in Path(path).iterdir())[:8]
+        raise ValueError(
+            f"load_backbone: {file} is missing, so {path} is no diffusers model; it holds "
+            f"{', '.join(inside) or 'nothing'}"
+        )
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"load_backbone: {file} is not valid JSON: {error}") from None
+
+
+def _shift(path: str | Path, subfolder: str | None, revision: str | None, local: bool) -> dict[str, float]:
+    """The scheduler's shift, where the transformer lies in a pipeline."""
+    if subfolder is None or (local and not Path(path, "scheduler", "scheduler_config.json").is_file()):
+        return {}
+    try:
+        config = FlowMatchEulerDiscreteScheduler.load_config(str(path), subfolder="scheduler", revision=revision)
+    except OSError as error:
+        absent = error.__context__
+        if not isinstance(absent, EntryNotFoundError) or isinstance(absent, LocalEntryNotFoundError):
+            raise  # the hub could not be asked
+        return {}
+    return {} if config.get("use_dynamic_shifting") else {"shift": float(config.get("shift", 1.0))}
+
+
+def _family(path: str | Path, config: dict[str, Any]) -> tuple[Any, type[Backbone]]:
+    name = config.get("_class_name")
+    if name not in FAMILIES:
+        raise ValueError(
+            f"load_backbone: {path} is a {name or 'model of unknown class (no _class_name in config.json)'}; "
+            f"supported are "
+            f"{', '.join(FAMILIES)}"
+        )
+    return FAMILIES[name]
+
+
+def _weights(
+    stock: Any, path: str | Path, subfolder: str | None, revision: str | None, local: bool, dtype: torch.dtype
+) -> torch.nn.Module:
+    if local:
+        _check_shards(Path(path, subfolder or ""))
+    model, report = stock.from_pretrained(
+        path, subfolder=subfolder, revision=revision, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(kind):
+            names = sorted(map(str, report[kind]))
+            raise ValueError(
+                f"load_backbone: the weights in {path} do not fit its config: {len(names)} {kind.replace('_', ' ')}, "
+                f"for "
+                f"instance {', '.join(names[:4])}"
+            )
+    return model
+
+
+def _check_shards(folder: Path) -> None:
+    """Names every shard that the index wants and the folder lacks."""
+    indices = list(folder.glob("*.safetensors.index.json"))
+    if not indices:
+        if not list(folder.glob("*.safetensors")):
+            raise ValueError(f"load_backbone: {folder} has a config.json and no .safetensors beside it")
+        return
+    wanted = set(json.loads(indices[0].read_text())["weight_map"].values())
+    missing = sorted(name for name in wanted if not (folder / name).is_file())
+    if missing:
+        raise ValueError(
+            f"load_backbone: {folder} lacks {len(missing)} of {len(wanted)} shards that {indices[0].name} lists: "
+            f"{', '.join(missing[:4])}; the download or copy is not complete"
+        )

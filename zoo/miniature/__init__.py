@@ -1,0 +1,25 @@
+"""The embedded miniature: a real latent text-to-image pipeline, small enough to ship with the package, and its data."""
+
+from .captions import Claims, Verdict, claims_of, judge, say, write
+from .model import Miniature, miniature
+from .shapes import Scenes, render, sample_scenes, scenes, scenes_at
+from .stream import Samples, samples, samples_at
+
+__all__ = [
+    "Claims",
+    "Miniature",
+    "Samples",
+    "Scenes",
+    "Verdict",
+    "claims_of",
+    "judge",
+    "miniature",
+    "render",
+    "sample_scenes",
+    "samples",
+    "samples_at",
+    "say",
+    "scenes",
+    "scenes_at",
+    "write",
+]

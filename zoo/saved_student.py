@@ -1,0 +1,85 @@
+"""A student that a run left (its `student/`), on its networks again.
+
+student.json         sigmas; the network that each step runs; the pipeline that it was made for
+transformer/, ...    full: networks as diffusers has them
+step_1.safetensors   adapters: their tensors by PEFT's names, on the base that student.json names
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from .adapters import AdapterBase
+from .backbone import Backbone
+from .loading import load_backbone
+from .miniature.model import weights_folder
+from .student import Student, TwoStepStudent
+
+FACTS = "student.json"
+MINIATURE = "miniature"
+
+
+def student_folder(path: str | Path) -> Path | None:
+    """The student's folder, of itself or of a run; None where there is none."""
+    folder = Path(path).expanduser()
+    return next((found for found in (folder, folder / "student") if (found / FACTS).is_file()), None)
+
+
+def student_facts(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    absent = sorted({"sigmas", "steps", "pipeline"} - facts.keys())
+    if absent:
+        raise ValueError(f"load_student: {folder / FACTS} does not say {', '.join(absent)}; was it written by a run?")
+    return facts
+
+
+def pipeline_path(name: str) -> str:
+    """What a recipe calls a model, as loaders take it: MINIATURE is the package's own folder."""
+    if name == MINIATURE:
+        return str(weights_folder())
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
+def load_student(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    fused: bool = True,
+) -> Student:
+    """The student in this folder, or in a run's: frozen, ready to sample.
+
+    Args:
+        base: for adapters, where the base lies now, if not where the run found it.
+        dtype: of networks and bases; adapters stay float32, as they were trained.
+    """
+    folder = student_folder(path)
+    if folder is None:
+        raise ValueError(f"load_student: {path} has no {FACTS}; give a run's folder, or the student/ in it")
+    facts = student_facts(folder)
+    names: list[str] = facts["steps"]
+
+    def load(place: str | Path, subfolder: str | None) -> Backbone:
+        return load_backbone(place, dtype=dtype, device=device, fused=fused, subfolder=subfolder)
+
+    networks: dict[str, Backbone] = {}
+    if "base" in facts:
+        place, subfolder = facts["base"]
+        adapters = AdapterBase(load(pipeline_path(place) if base is None else base, subfolder))
+        for name in dict.fromkeys(names):
+            view = adapters.add(name, rank=facts["rank"], alpha=facts["alpha"])
+            view.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            networks[name] = view
+    else:
+        networks = {name: load(folder, name) for name in dict.fromkeys(names)}
+    steps = [networks[name] for name in names]
+    student = TwoStepStudent(*steps, sigmas=facts["sigmas"]) if len(steps) == 2 else Student(steps, facts["sigmas"])
+    student.requires_grad_(False)
+    return student.eval()

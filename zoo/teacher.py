@@ -1,0 +1,126 @@
+"""The teacher: N Euler steps on a shifted grid, with guidance.
+
+    guided velocity = v(negative) + w (v(prompt) - v(negative))        w = 1 is no guidance
+
+Z-Image's pipelines count w - 1 and call that the scale; here it is always w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .backbone import Backbone
+from .context import Context
+from .sampling import check_grid, euler, sigma_grid
+
+
+class Teacher:
+    """A backbone as a multi-step sampler; also the real score of distribution matching, by `clean`.
+
+    Args:
+        backbone: full, or a view of an AdapterBase. The teacher does not freeze it: its methods keep no graph of
+            parameters only because nobody asks for one, so pass a frozen one (load_backbone's is not trained by
+            default).
+        steps, shift: of the default grid. shift=None takes what the family's public pipeline uses.
+        guidance: the scale w. Other than 1 it needs a negative context, here or in each call.
+        negative: context of the empty (or a negative) prompt, of batch 1.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        steps: int = 8,
+        shift: float | None = None,
+        guidance: float = 1.0,
+        negative: Context | None = None,
+    ) -> None:
+        sigma_grid(steps, 1.0 if shift is None else shift)
+        self.backbone, self.steps, self.shift = backbone, steps, shift
+        self.guidance, self.negative = guidance, negative
+
+    def sigmas(self, height: int, width: int, steps: int | None = None) -> tuple[float, ...]:
+        """The grid for latents of this size."""
+        steps = self.steps if steps is None else steps
+        shift = self.backbone.default_shift(height, width, steps) if self.shift is None else self.shift
+        return sigma_grid(steps, shift)
+
+    def velocity(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        context: Context,
+        *,
+        guidance: float | None = None,
+        negative: Context | None = None,
+    ) -> Tensor:
+        """The guided velocity, in float32 or better."""
+        w = self.guidance if guidance is None else guidance
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if w == 1:
+            return self.backbone.velocity(x, sigma, context).to(wide)
+        level = torch.as_tensor(sigma)
+        both = torch.cat([level, level]) if level.dim() else level
+        contexts = Context.cat([context, self._negative(context, negative)])
+        positive, other = self.backbone.velocity(torch.cat([x, x]), both, contexts).to(wide).chunk(2)
+        return other + w * (positive - other)
+
+    def clean(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        context: Context,
+        *,
+        guidance: float | None = None,
+        negative: Context | None = None,
+    ) -> Tensor:
+        """The guided clean prediction x - sigma v."""
+        level = torch.as_tensor(sigma, device=x.device).float()
+        v = self.velocity(x, sigma, context, guidance=guidance, negative=negative)
+        return x - level.view(-1, 1, 1, 1) * v
+
+    @torch.no_grad()
+    def sample(
+        self,
+        noise: Tensor,
+        context: Context,
+        *,
+        steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance: float | None = None,
+        negative: Context | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Clean latents from noise [B, C, H, W], in float32. `on_step(index, x)` sees the state after each step."""
+        if steps is not None and sigmas is not None:
+            raise ValueError("Teacher.sample: both steps and sigmas were given; sigmas say how many steps there are")
+        if noise.dim() != 4:
+            raise ValueError(
+                f"Teacher.sample: noise has shape {list(noise.shape)}, expected [batch, channels, height, width]"
+            )
+        height, width = noise.shape[2:]
+        grid = self.sigmas(height, width, steps) if sigmas is None else check_grid("Teacher.sample", sigmas)
+
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            return self.velocity(x, sigma, context, guidance=guidance, negative=negative)
+
+        return euler(velocity, noise, grid, on_step=on_step)
+
+    def _negative(self, context: Context, negative: Context | None) -> Context:
+        negative = self.negative if negative is None else negative
+        if negative is None:
+            raise ValueError(
+                "Teacher: guidance other than 1 needs a negative context: encode the empty prompt and pass it as "
+                "negative=..., "
+                "here or to Teacher(...)"
+            )
+        if negative.batch == context.batch:
+            return negative
+        if negative.batch != 1:
+            raise ValueError(
+                f"Teacher: the negative context has {negative.batch} samples, expected 1 or {context.batch}"
+            )
+        return negative.repeat(context.batch)

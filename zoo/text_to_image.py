@@ -1,0 +1,127 @@
+"""A model that draws: a pipeline's encoder of text and autoencoder around a teacher or a student, of any family.
+
+    model = load_text_to_image("miniature", steps=8)     a pipeline's transformer
+    model = load_text_to_image("runs/first")                                  the student that a run left
+    images = model.draw(["a red circle"], seeds=[0])                          [1, 3, H, W] in [-1, 1]
+
+An image depends on its caption and its seed: noise is drawn on the CPU, for each image by itself. What shares its batch
+changes the last bits only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .autoencoder import Autoencoder, load_autoencoder
+from .context import Context
+from .encoders import TextEncoder, load_text_encoder
+from .loading import load_backbone
+from .saved_student import load_student, pipeline_path, student_facts, student_folder
+from .student import Student
+from .teacher import Teacher
+
+
+@dataclass
+class TextToImage:
+    text_encoder: TextEncoder
+    autoencoder: Autoencoder
+    model: Teacher | Student
+
+    @property
+    def steps(self) -> int:
+        return self.model.steps
+
+    @property
+    def evaluations(self) -> int:
+        """Of the network for an image (NFE); guidance takes two a step."""
+        return self.steps * (2 if isinstance(self.model, Teacher) and self.model.guidance != 1 else 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.autoencoder.device
+
+    def size(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Height and width in pixels: those given, or the square that the model was made for."""
+        height, width = (self.autoencoder.sample_size,) * 2 if size is None else size
+        network = self.model.backbone if isinstance(self.model, Teacher) else self.model.distinct_networks()[0]
+        step = self.autoencoder.factor * network.latent_factor
+        if height < 1 or width < 1 or height % step or width % step:
+            raise ValueError(f"the size is {height} x {width}, expected multiples of {step}: this model's patches")
+        return height, width
+
+    def noise(self, seeds: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
+        """[N, C, H, W], each image's from its seed alone."""
+        height, width = self.size(size)
+        shape = (self.autoencoder.channels, height // self.autoencoder.factor, width // self.autoencoder.factor)
+        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(drawn).to(self.device)
+
+    @torch.no_grad()
+    def contexts(self, captions: Sequence[str]) -> Context:
+        return self.text_encoder.encode(list(captions)).to(self.device)
+
+    @torch.no_grad()
+    def latents(self, noise: Tensor, context: Context, on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        return self.model.sample(noise, context, on_step=on_step)
+
+    @torch.no_grad()
+    def images(self, latents: Tensor) -> Tensor:
+        """[N, 3, H, W] in [-1, 1], float32."""
+        return self.autoencoder.decode(latents).float().clamp(-1, 1)
+
+    def draw(self, captions: Sequence[str], seeds: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
+        if len(captions) != len(seeds):
+            raise ValueError(f"draw: {len(captions)} captions and {len(seeds)} seeds, expected one for each image")
+        return self.images(self.latents(self.noise(seeds, size), self.contexts(captions)))
+
+
+def load_text_to_image(
+    path: str | Path,
+    *,
+    steps: int | None = None,
+    guidance: float = 1.0,
+    shift: float | None = None,
+    subfolder: str = "transformer",
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    fused: bool = True,
+) -> TextToImage:
+    """From a pipeline's folder or hub id, "miniature", or the folder of a run or its student.
+
+    Args:
+        steps, guidance, shift: of a pipeline's transformer; a student has its own and takes none.
+        subfolder: where in a pipeline the transformer lies.
+    """
+    student = student_folder(path)
+    if student is not None:
+        if steps is not None or guidance != 1 or shift is not None:
+            raise ValueError(
+                f"load_text_to_image: {path} is a student, which has steps of its own; leave out steps, guidance and "
+                f"shift"
+            )
+        pipeline = pipeline_path(student_facts(student)["pipeline"])
+        model: Teacher | Student = load_student(student, dtype=dtype, device=device, fused=fused)
+    else:
+        if steps is None:
+            raise ValueError(f"load_text_to_image: {path} is a pipeline; say how many steps it is to take")
+        pipeline = pipeline_path(str(path))
+        folder = Path(pipeline)
+        if not folder.is_dir() and (str(path).count("/") != 1 or str(path).startswith((".", "/", "~"))):
+            raise ValueError(f"load_text_to_image: there is no folder {path}; give one, or owner/name on the hub")
+        if folder.is_dir() and not (folder / "model_index.json").is_file():
+            raise ValueError(
+                f"load_text_to_image: {path} has neither model_index.json (a pipeline) nor student.json (what a run "
+                f"left)"
+            )
+        network = load_backbone(pipeline, dtype=dtype, device=device, fused=fused, subfolder=subfolder)
+        model = Teacher(network.requires_grad_(False), steps=steps, shift=shift, guidance=guidance)
+    text_encoder = load_text_encoder(pipeline, dtype=dtype, device=device)
+    autoencoder = load_autoencoder(pipeline, dtype=dtype, device=device)
+    if isinstance(model, Teacher) and guidance != 1:
+        model.negative = text_encoder.encode([""]).to(device)
+    return TextToImage(text_encoder, autoencoder, model)

@@ -1,0 +1,204 @@
+"""A batch through Z-Image: patches in, patches out, as whole tensors.
+
+Stock code walks over lists, sample by sample; here every step is one operation on the batch. Images of one size share a
+batch; captions may differ in length. The sequence is stock's: image tokens padded to a multiple of 32, then each
+caption padded to a multiple of 32, then, for the shorter captions, rows that attention does not see.
+
+Positions, (1 + i, 0, 0) for caption token i and (padded caption length + 1, h, w) for an image token, depend on shapes
+and lengths alone, which live on the CPU: the tables of a layout are built once and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, RopeEmbedder
+from torch import Tensor
+
+from ..checkpointing import run
+from ..tables import cached_tables
+
+
+def round_up(n: int) -> int:
+    return -(-n // SEQ_MULTI_OF) * SEQ_MULTI_OF
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What shapes and lengths decide. Tables are real, [B or 1, L, Dh/2, 2]; a mask is None where all is seen."""
+
+    image_tokens: int
+    caption_tokens: int  # padded
+    image_freqs: Tensor
+    caption_freqs: Tensor
+    joint_freqs: Tensor
+    caption_mask: Tensor | None  # [B, L] bool
+    joint_mask: Tensor | None
+
+
+@cached_tables(16)
+def axis_tables(
+    axes_dims: tuple[int, ...], axes_lens: tuple[int, ...], theta: float, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Stock's table of each axis, [positions, pairs, 2], as (cos, sin)."""
+    tables = RopeEmbedder.precompute_freqs_cis(list(axes_dims), list(axes_lens), theta=theta)
+    return tuple(torch.view_as_real(table).to(device) for table in tables)
+
+
+@cached_tables(64)
+def _layout(
+    grid: tuple[int, int, int],
+    padded: tuple[int, ...],
+    axes_dims: tuple[int, ...],
+    axes_lens: tuple[int, ...],
+    theta: float,
+    device: torch.device,
+) -> Layout:
+    """The layout for captions of these padded lengths: of each sample, or one for all."""
+    frames, height, width = grid
+    longest = max(padded)
+    for axis, needed in enumerate((longest + frames + 1, height, width)):
+        if needed > axes_lens[axis]:
+            raise ValueError(
+                f"Z-Image: {needed} positions are needed on axis {axis} (captions of up to {longest} tokens, {height} "
+                f"x {width} "
+                f"image tokens), and this model has {axes_lens[axis]} (axes_lens in its config)"
+            )
+    axes = axis_tables(axes_dims, axes_lens, theta, device)
+
+    def count(n: int) -> Tensor:
+        return torch.arange(n, device=device)
+
+    def rows(*ids: Tensor) -> Tensor:
+        return torch.cat([axis[positions] for axis, positions in zip(axes, ids, strict=True)], dim=-2)
+
+    positions = torch.cartesian_prod(count(frames), count(height), count(width)).reshape(-1, 3)
+    zeros = torch.zeros(max(longest, SEQ_MULTI_OF), dtype=torch.int64, device=device)
+    unused = zeros[: round_up(len(positions)) - len(positions)]  # padding of the image stands at (0, 0, 0)
+
+    def image(padded_length: int) -> Tensor:
+        t, h, w = positions.unbind(1)
+        return torch.cat([rows(t + padded_length + 1, h, w), rows(unused, unused, unused)])
+
+    caption = rows(count(longest) + 1, zeros[:longest], zeros[:longest]).unsqueeze(0)
+    different = sorted(set(padded))
+    images = torch.stack([image(length) for length in different])
+    if len(padded) > 1:
+        images = images[torch.tensor([different.index(length) for length in padded], device=device)]
+    caption_mask = joint_mask = None
+    if len(different) > 1:
+        caption_mask = count(longest) < torch.tensor(padded, device=device).unsqueeze(1)
+        joint_mask = torch.cat([caption_mask.new_ones(len(padded), images.shape[1]), caption_mask], dim=1)
+    return Layout(
+        image_tokens=len(positions),
+        caption_tokens=longest,
+        image_freqs=images,
+        caption_freqs=caption,
+        joint_freqs=torch.cat([images, caption.expand(len(images), -1, -1, -1)], dim=1),
+        caption_mask=caption_mask,
+        joint_mask=joint_mask,
+    )
+
+
+def layout(model: Any, grid: tuple[int, int, int], lengths: Sequence[int], device: torch.device) -> Layout:
+    padded = tuple(round_up(length) for length in lengths)
+    config = model.config
+    return _layout(
+        grid,
+        padded[:1] if len(set(padded)) == 1 else padded,
+        tuple(config.axes_dims),
+        tuple(config.axes_lens),
+        float(config.rope_theta),
+        device,
+    )
+
+
+def patchify(x: Tensor, patch: int, frame_patch: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """[B, C, F, H, W] -> [B, tokens, values of a patch], and the grid of tokens."""
+    batch, channels, frames, height, width = x.shape
+    grid = (frames // frame_patch, height // patch, width // patch)
+    x = x.reshape(batch, channels, grid[0], frame_patch, grid[1], patch, grid[2], patch)
+    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(batch, grid[0] * grid[1] * grid[2], -1), grid
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: int, frame_patch: int) -> Tensor:
+    """The inverse: [B, tokens, values of a patch] -> [B, C, F, H, W]."""
+    batch = len(tokens)
+    x = tokens.reshape(batch, *grid, frame_patch, patch, patch, -1)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, grid[0] * frame_patch, grid[1] * patch, grid[2] * patch)
+
+
+def pad_tokens(tokens: Tensor, pad_token: Tensor, at_least: int = 0) -> Tensor:
+    """Tokens with the learned pad token up to a multiple of 32. Where there is nothing to pad, the token still takes
+    part, with no rows: it then gets the zero gradient that stock gives it, and no data-parallel wrapper waits for
+    it."""
+    missing = round_up(max(tokens.shape[1], at_least)) - tokens.shape[1]
+    return torch.cat([tokens, pad_token.to(tokens.dtype).expand(len(tokens), missing, -1)], dim=1)
+
+
+def _embed_captions(model: Any, features: Tensor, lengths: Sequence[int], tokens: int) -> Tensor:
+    """[B, tokens, D]: captions embedded, with the learned pad token from each one's own end."""
+    features = features[:, : min(max(lengths), tokens)]
+    hidden = model.cap_embedder(features)
+    pad = model.cap_pad_token.to(hidden.dtype)
+    if len(set(lengths)) == 1:
+        return torch.cat([hidden, pad.expand(len(hidden), tokens - hidden.shape[1], -1)], dim=1)
+    hidden = torch.nn.functional.pad(hidden, (0, 0, 0, tokens - hidden.shape[1]))
+    ends = torch.tensor(lengths).to(hidden.device, non_blocking=True)
+    beyond = torch.arange(tokens, device=hidden.device) >= ends.unsqueeze(1)  # [B, tokens]
+    return torch.where(beyond.unsqueeze(-1), pad, hidden)
+
+
+def forward(
+    model: Any,
+    x: Tensor,
+    t: Tensor,
+    features: Tensor,
+    lengths: Sequence[int],
+    *,
+    patch_size: int = 2,
+    f_patch_size: int = 1,
+    taps: Sequence[int] | None = None,
+    residuals: dict[int, Tensor] | None = None,
+    real_tables: bool = True,
+) -> Tensor | list[Tensor]:
+    """The network on a batch: x [B, C, F, H, W], t = 1 - sigma [B], features [B, L, C] of captions with these lengths.
+
+    Returns the network's x - eps [B, C, F, H, W]; with `taps`, the image tokens [B, tokens, D] after those main blocks
+    instead, and the blocks behind the last of them do not run. `residuals` are added after their blocks (ControlNet).
+    """
+    key = f"{patch_size}-{f_patch_size}"
+    temb = model.t_embedder(t * model.t_scale).to(x.dtype)
+    patches, grid = patchify(x, patch_size, f_patch_size)
+    plan = layout(model, grid, lengths, x.device)
+
+    def table(freqs: Tensor) -> Tensor:
+        freqs = freqs if real_tables else torch.view_as_complex(freqs)
+        return freqs if real_tables else freqs.expand(len(x), -1, -1)
+
+    hidden = pad_tokens(model.all_x_embedder[key](patches), model.x_pad_token)
+    image_table = table(plan.image_freqs)
+    for block in model.noise_refiner:
+        hidden = run(model, block, hidden, None, image_table, temb)
+
+    caption = _embed_captions(model, features, lengths, plan.caption_tokens)
+    caption_table = table(plan.caption_freqs)
+    for block in model.context_refiner:
+        caption = run(model, block, caption, plan.caption_mask, caption_table)
+
+    joint, joint_table = torch.cat([hidden, caption], dim=1), table(plan.joint_freqs)
+    tapped: dict[int, Tensor] = {}
+    for index, block in enumerate(model.layers if taps is None else model.layers[: max(taps) + 1]):
+        joint = run(model, block, joint, plan.joint_mask, joint_table, temb)
+        if residuals is not None and index in residuals:
+            joint = joint + residuals[index]
+        if taps is not None and index in taps:
+            tapped[index] = joint[:, : plan.image_tokens]
+    if taps is not None:
+        return [tapped[index] for index in taps]
+    # Only the image's rows are read; stock projects the caption's too.
+    out = model.all_final_layer[key](joint[:, : plan.image_tokens], c=temb)
+    return unpatchify(out, grid, patch_size, f_patch_size)
