@@ -1,0 +1,151 @@
+"""Two ranks, whole or in shards, train as one process that sees both ranks' batches and noise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from twostep.train.journal import read_metrics
+
+from . import tiny_runs
+from .run_server import Server
+from .test_resume import contents
+
+CASES = [(method, weights) for method in tiny_runs.METHODS for weights in tiny_runs.WEIGHTS]
+# float32: sums in another order, through Adam's division; measured at most 2e-5 for losses over four iterations.
+TOLERANCE = 2e-4
+
+
+def one_process(recipe: dict[str, Any]) -> int:
+    """The oracle: a loop by hand over the same parts, in which each update adds both ranks' gradients, halved.
+
+    Writes the losses of each iteration to losses.json: the mean over both ranks' batches.
+    """
+    from twostep.train.configuration import load
+    from twostep.train.data import NoiseStreams
+    from twostep.train.engine import Run
+    from twostep.train.ranks import join
+    from twostep.train.recipe import Recipe
+    from twostep.train.signals import Signals
+
+    with ExitStack() as stack:
+        ranks = stack.enter_context(join(device="cpu", timeout=60, sharded=False))
+        config = load(Recipe, None, base=recipe)
+        runs = []
+        for rank in (0, 1):
+            ranks.rank, ranks.world_size = rank, 2  # data and noise are this rank's; nothing is sent
+            ranks.gathered = lambda value: [value]  # type: ignore[method-assign]
+            ranks.from_first = lambda ask: ask()  # type: ignore[method-assign]
+            runs.append(Run.of(config, ranks, Signals()))
+        method, optimizers, average = runs[0].method, runs[0].state.optimizers, runs[0].state.average
+        losses: list[dict[str, float]] = []
+        for iteration in range(config.iterations):
+            seen: dict[str, list[float]] = {}
+            for kind in method.updates(iteration):
+                shared = runs[0].state.shared.state_dict()
+                for run in runs:
+                    runs[0].state.shared.load_state_dict(shared)  # both ranks draw the same from these
+                    streams: NoiseStreams = run.state.streams
+                    for name, value in method.run(kind, next(run.state.feed), streams, 0.5).items():
+                        seen.setdefault(name, []).append(float(value))
+                optimizer = optimizers[kind]
+                gradients = [p.grad for p in optimizer.parameters.values() if p.grad is not None]
+                torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), optimizer.config.clip or 1e9)
+                assert gradients
+                optimizer.step()
+                optimizer.zero_grad()
+                if kind == "generator":
+                    assert average is not None
+                    average.follow()
+                    if hasattr(method, "follow"):
+                        method.follow()
+            losses.append({name: sum(values) / len(values) for name, values in seen.items()})
+        config.out.mkdir(parents=True)
+        (config.out / "losses.json").write_text(json.dumps(losses))
+        for run in runs:
+            run.state.feed.close()
+    return 0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tiny_runs.Place]:
+    return {family: tiny_runs.make_place(family, tmp_path_factory.mktemp(family)) for family in ("z-image",)}
+
+
+@pytest.mark.parametrize(("method", "weights"), CASES)
+def test_two_ranks_reach_the_losses_of_one_process(
+    server: Server, places: dict[str, tiny_runs.Place], tmp_path: Path, method: str, weights: str
+) -> None:
+    place = places["z-image"]
+    statuses, printed = server.run(
+        tiny_runs.recipe(place, method, weights, tmp_path / "one"), call="tests.train.test_ranks:one_process"
+    )
+    assert statuses == [0], printed
+    true = json.loads((tmp_path / "one" / "losses.json").read_text())
+    for kind in ("ddp", "fsdp"):
+        recipe = tiny_runs.recipe(place, method, weights, tmp_path / kind, parallel={"kind": kind})
+        statuses, printed = server.run(recipe, ranks=2)
+        assert statuses == [0, 0], printed
+        found = read_metrics(tmp_path / kind)
+        assert len(found) == len(true)
+        for mine, theirs in zip(found, true, strict=True):
+            for name, value in theirs.items():
+                assert mine[name] == pytest.approx(value, rel=TOLERANCE, abs=1e-6), f"{kind}: {name}"
+
+
+@pytest.mark.parametrize("weights", tiny_runs.WEIGHTS)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(("fsdp", 2), ("ddp", 1)), (("ddp", 1), ("fsdp", 2)), (("fsdp", 2), ("fsdp", 3)), (("ddp", 2), ("ddp", 1))],
+    ids=lambda side: f"{side[1]} {side[0]}",
+)
+def test_a_run_goes_on_with_another_number_of_ranks(
+    server: Server,
+    places: dict[str, tiny_runs.Place],
+    tmp_path: Path,
+    weights: str,
+    before: tuple[str, int],
+    after: tuple[str, int],
+) -> None:
+    """Nothing of the state is changed on the way: what is saved again at once is what was there."""
+    place = places["z-image"]
+
+    def run(side: tuple[str, int], iterations: int) -> None:
+        changes: dict[str, Any] = {"parallel": {"kind": side[0]}, "iterations": iterations}
+        statuses, printed = server.run(tiny_runs.recipe(place, "dp_dmd", weights, tmp_path, **changes), ranks=side[1])
+        assert statuses == [0] * side[1], printed
+
+    run(before, 2)
+    saved = whole(tmp_path)
+    # A run that is over already reads its checkpoint, writes the student again and takes no step.
+    (tmp_path / "student" / "student.json").unlink()
+    run(after, 2)
+    student = whole(tmp_path)
+    assert saved.keys() == student.keys()
+    assert all(torch.equal(saved[name], student[name]) for name in saved)
+    run(after, 3)
+    assert len(read_metrics(tmp_path)) == 3
+
+
+def whole(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in contents(folder).items() if name.startswith("student/")}
+
+
+def test_ranks_draw_different_noise(places: dict[str, tiny_runs.Place]) -> None:
+    from twostep.train.data import NoiseStreams
+
+    draws = [torch.randn(4, generator=NoiseStreams(0, rank)["student"]) for rank in (0, 1)]
+    assert not torch.equal(*draws)

@@ -1,0 +1,43 @@
+"""What the watchdog says, from what the ranks last said of themselves."""
+
+from __future__ import annotations
+
+import time
+
+from twostep.train.watchdog import Watchdog
+
+
+def verdict(beats: dict[int, tuple[int, str]], world_size: int = 3) -> str:
+    return Watchdog(0, world_size, 10.0)._verdict(beats, 12.0)
+
+
+def test_names_the_rank_that_the_others_wait_for() -> None:
+    said = verdict({0: (7, "reducing"), 1: (6, "a generator update"), 2: (7, "reducing")})
+    assert "rank 0 has not moved for 12 s (reducing)" in said
+    assert "rank 1 hangs (a generator update), and the others wait for it" in said
+
+
+def test_names_several() -> None:
+    said = verdict({0: (7, "reducing"), 1: (6, "an update"), 2: (6, "an update")})
+    assert "ranks 1, 2 hangs" in said
+
+
+def test_accuses_nobody_where_all_stand_alike() -> None:
+    said = verdict(dict.fromkeys(range(3), (7, "an update")))
+    assert "all ranks stand at the same place" in said and "hangs" not in said
+
+
+def test_names_a_rank_that_never_came() -> None:
+    assert "rank 2 never said anything" in verdict({0: (1, "loading"), 1: (1, "loading")})
+
+
+def test_a_beat_in_time_keeps_it_quiet() -> None:
+    """It would end this very process otherwise."""
+    dog = Watchdog(0, 1, 0.5)
+    dog.start()
+    for _ in range(8):
+        time.sleep(0.1)
+        dog.beat("working")
+    dog.beat("a long save", patience=100)
+    time.sleep(0.8)
+    dog.stop()

@@ -1,0 +1,1 @@
+"""Training: methods, data, strict configuration, checkpoints that are whole or not there."""

@@ -1,0 +1,197 @@
+"""The roles of a run, from its recipe: loaded, frozen or trainable, full or adapters on one base, in shards or whole.
+
+    full    a trainable copy in float32 for the student's steps (or one for all) and for the fake score; what is frozen
+            (real score, the discriminator's features) is loaded once for each source, in the compute dtype
+    lora    one frozen base in the compute dtype, and an adapter for each step, the fake score and D-OPSD's average
+
+Two calls, since data come in between: the student's networks say what latents look like, and the latents' size decides
+the sigma grid of some families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..zoo import (
+    AdapterBase,
+    Backbone,
+    Context,
+    Discriminator,
+    FakeScore,
+    Student,
+    Teacher,
+    TwoStepStudent,
+    load_backbone,
+)
+from ..zoo.sampling import sigma_grid
+from .data import noise_generator
+from .methods import Cast, Guidance, method_class
+from .recipe import DiscriminatorRole, FakeScoreRole, GuidanceConfig, RealScoreRole, Recipe, StudentRole
+from .sharding import shard
+from .source_identity import source_identity
+
+Source = tuple[str, str]  # a model and its subfolder
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+Load = Callable[..., Backbone]
+
+
+@dataclass
+class Casting:
+    recipe: Recipe
+    model: str  # the recipe's, resolved: a folder or a hub id
+    device: torch.device
+    mesh: Any = None  # of the shards
+    load: Load = load_backbone
+    _frozen: dict[Source, Backbone] = field(default_factory=dict)
+    _base: AdapterBase | None = None
+    _networks: list[Backbone] = field(default_factory=list)
+
+    def sources(self) -> dict[str, str]:
+        """What lies where the roles come from: a checkpoint belongs to these weights, wherever they are moved to."""
+        roles: dict[str, StudentRole | RealScoreRole | DiscriminatorRole] = {
+            "student": self.recipe.roles.student,
+            "real_score": self.recipe.roles.real_score or RealScoreRole(),
+            "discriminator": self.recipe.roles.discriminator or DiscriminatorRole(),
+        }
+        needed = ("student", *method_class(self.recipe.method).roles)
+        kept = {name: role for name, role in roles.items() if name in needed}
+        return {name: source_identity(*self._source(role.source, role.subfolder)) for name, role in kept.items()}
+
+    # The student's networks
+
+    def networks(self) -> list[Backbone]:
+        """One for each step; the same one where the steps share it."""
+        if self._networks:
+            return self._networks
+        role = self.recipe.roles.student
+        names = [f"step_{n}" for n in range(1, role.steps + 1)] if role.per_step else ["student"]
+        if role.weights == "lora":
+            backbone = self._load(self._student_source, trainable=False)
+            self._base = AdapterBase(backbone)
+            made: list[Backbone] = [self._adapter(name, role.rank, role.alpha) for name in names]
+        else:
+            made = [self._prepared(self._load(self._student_source, trainable=True)) for _ in names]
+        self._networks = made if role.per_step else made * role.steps
+        return self._networks
+
+    def roles(self, size: tuple[int, int], empty: Context | None) -> Cast:
+        """All roles of the method, for latents of this height and width."""
+        networks, method = self.networks(), method_class(self.recipe.method)
+        student = self._student(networks, size)
+        cast = Cast(student, empty=empty)
+        if "real_score" in method.roles:
+            cast.guidance = self._guidance(empty, "discriminator" in method.roles)
+        if "average" in method.roles:
+            cast.average = self._average(student)
+        if self._base is not None:
+            self._prepared(self._base.backbone)  # after its adapters: FSDP divides what is there when it comes
+        return cast
+
+    def sigmas(self, size: tuple[int, int]) -> tuple[float, ...]:
+        """The student's grid for latents of this height and width."""
+        role = self.recipe.roles.student
+        if role.sigmas is not None:
+            return role.sigmas
+        shift = self.networks()[0].default_shift(*size, role.steps) if role.shift is None else role.shift
+        return sigma_grid(role.steps, shift)
+
+    def _student(self, networks: list[Backbone], size: tuple[int, int]) -> Student:
+        sigmas = self.sigmas(size)
+        if len(networks) == 2:
+            return TwoStepStudent(*networks, sigmas=sigmas)
+        return Student(networks, sigmas)
+
+    def _guidance(self, empty: Context | None, adversarial: bool) -> Guidance:
+        recipe, settings = self.recipe, self.recipe.guidance or GuidanceConfig()
+        real = recipe.roles.real_score or RealScoreRole()
+        real_source = self._source(real.source, real.subfolder)
+        teacher = Teacher(
+            self._frozen_network(real_source),
+            steps=real.steps,
+            shift=real.shift,
+            guidance=settings.scale,
+            negative=empty,
+        )
+        return Guidance(
+            teacher,
+            self._fake_score(real_source),
+            self._discriminator() if adversarial else None,
+            settings.weights,
+            guidance=settings.scale,
+            kind=settings.loss,
+            lowest=settings.lowest,
+            r1_noise=settings.r1_noise,
+        )
+
+    def _fake_score(self, real: Source) -> FakeScore:
+        role = self.recipe.roles.fake_score or FakeScoreRole()
+        if (role.weights or self.recipe.roles.student.weights) == "lora":
+            return FakeScore(self._adapter("fake_score", role.rank, role.alpha))
+        source = real if role.source is None else self._source(role.source, role.subfolder)
+        return FakeScore(self._prepared(self._load(source, trainable=True)))
+
+    def _discriminator(self) -> Discriminator:
+        role = self.recipe.roles.discriminator or DiscriminatorRole()
+        backbone = self._frozen_network(self._source(role.source, role.subfolder))
+        generator = noise_generator(self.recipe.seed, "discriminator heads")
+        return Discriminator(backbone, blocks=role.blocks, hidden=role.hidden, generator=generator)
+
+    def _average(self, student: Student) -> Student:
+        """A second set of networks that begins as the student's."""
+        role, twins = self.recipe.roles.student, {}
+        for number, network in enumerate(student.distinct_networks(), start=1):
+            if role.weights == "lora":
+                twin = self._adapter(f"average_{number}", role.rank, role.alpha)
+                twin.load_state_dict(network.state_dict())
+            else:
+                twin = self._prepared(self._load(self._student_source, trainable=False, dtype=torch.float32))
+            twins[id(network)] = twin
+        return Student([twins[id(network)] for network in student.networks], student.sigmas)
+
+    # Networks
+
+    @property
+    def _student_source(self) -> Source:
+        role = self.recipe.roles.student
+        return self._source(role.source, role.subfolder)
+
+    def _source(self, source: str | None, subfolder: str) -> Source:
+        return (self.model if source is None else source, subfolder)
+
+    def _adapter(self, name: str, rank: int, alpha: float | None) -> Backbone:
+        assert self._base is not None
+        generator = noise_generator(self.recipe.seed, f"adapter {name}")
+        return self._base.add(name, rank=rank, alpha=alpha, generator=generator)
+
+    def _frozen_network(self, source: Source) -> Backbone:
+        """A network that nobody trains; the one base where it has these weights, and one copy for all that ask."""
+        if self._base is not None and source == self._student_source:
+            return self._base.base
+        if source not in self._frozen:
+            self._frozen[source] = self._prepared(self._load(source, trainable=False))
+        return self._frozen[source]
+
+    def _load(self, source: Source, *, trainable: bool, dtype: torch.dtype | None = None) -> Backbone:
+        path, subfolder = source
+        wide = torch.float32 if trainable else DTYPES[self.recipe.compute.dtype]
+        network = self.load(
+            path, dtype=wide if dtype is None else dtype, device=self.device, fused=self.recipe.compute.fused,
+            subfolder=subfolder,
+        )  # fmt: skip
+        return network.requires_grad_(trainable)
+
+    def _prepared(self, network: Backbone) -> Backbone:
+        """Checkpointed, compiled and divided, as the recipe has it; before the next one is loaded."""
+        compute = self.recipe.compute
+        if compute.checkpointing:
+            network.enable_gradient_checkpointing()
+        if compute.compile:
+            for block in network.blocks():
+                block.compile()
+        if self.mesh is not None:
+            shard(network, self.mesh, DTYPES[compute.dtype])
+        return network

@@ -1,0 +1,241 @@
+"""`twostep cache`: contexts and the teacher's samples of all prompts, ahead of training.
+
+    OUT/contexts    a ContextCache of the prompts and of "" (guidance and its dropout ask for it)
+    OUT/teacher     a TeacherCache
+
+    torchrun --nproc-per-node 8 -m twostep cache --model FOLDER --prompts prompts.txt --out OUT --size 1024x1024
+
+Every rank writes its shards of both; between them the ranks wait for each other once. The same command goes on where
+an interrupted one stopped, with as many ranks as there are then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .prompts import Prompts
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        help="a diffusers pipeline: its folder, owner/name on the Hugging Face hub, or `miniature`",
+    )
+    add("--subfolder", default="transformer", help="where in it the teacher's transformer lies (default: %(default)s)")
+    add("--prompts", required=True, type=Path, help=".txt, .jsonl, .parquet, or a folder of datasets")
+    add("--column", help="where the prompts stand in it (default: prompt, caption or text)")
+    add("--out", required=True, type=Path, help="the folder to fill")
+    add("--contexts-only", action="store_true", help="encode the prompts and do not sample the teacher")
+    add("--teacher-steps", type=int, default=8, metavar="N", help="Euler steps of the teacher (default: 8)")
+    add("--guidance", type=float, default=1.0, metavar="W", help="the teacher's guidance scale; 1 is none (default: 1)")
+    add("--shift", type=float, help="of the teacher's sigma grid (default: what the model's pipeline uses)")
+    add("--anchor-sigma", type=float, metavar="SIGMA", help="also keep the teacher's state at this sigma of its grid")
+    add("--size", type=_size, metavar="HxW", help="of the images, in pixels (default: what the model was made for)")
+    add("--batch", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    add("--shard-size", type=int, default=256, metavar="N", help="prompts of a shard (default: 256)")
+    add("--seed", type=int, default=0, help="of the noise (default: 0)")
+    add("--dtype", choices=DTYPES, default="bf16", help="of the networks and of what is stored (default: bf16)")
+    add("--device", help="where the networks run (default: a GPU for each rank if there are any)")
+    add("--overwrite", action="store_true", help="write everything anew instead of going on")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        with _ranks() as ranks:
+            return _run(args, *ranks)
+    except ValueError as error:
+        print(f"twostep cache: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"twostep cache: interrupted; the same command goes on at what {args.out} lacks", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(args: argparse.Namespace, rank: int, world_size: int) -> int:
+    import torch
+
+    from twostep.zoo.context_cache import ContextCache
+    from twostep.zoo.saved_student import pipeline_path
+
+    from .disk import check_space, free_space, size_text
+    from .pairs import TeacherCache
+    from .prompts import read_prompts
+
+    prompts = read_prompts(args.prompts, column=args.column)
+    args.model = pipeline_path(args.model)
+    device = torch.device(args.device or (f"cuda:{_number('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
+    latents = None if args.contexts_only else _latents(args.model, args.subfolder, args.size)
+    needed = 0
+    if latents is not None:
+        kept = 1 if args.anchor_sigma is None else 2
+        itemsize = getattr(torch, DTYPES[args.dtype]).itemsize
+        needed = kept * len(prompts) * latents.channels * latents.height * latents.width * itemsize
+        needed = max(0, needed - _written(args.out / "teacher", args.overwrite))
+    if rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+
+    def announce(contexts: int) -> None:
+        """The estimate, before anything is written; rank 0 speaks and checks for all."""
+        there = free_space(args.out)
+        print(
+            f"{len(prompts)} prompts: {size_text(contexts)} of contexts and {size_text(needed)} of teacher samples are "
+            f"to be written to {args.out}, where {size_text(there)} are free",
+            file=sys.stderr,
+        )
+        check_space(args.out, contexts + needed, "twostep cache")
+
+    _write_contexts(args, prompts, device, rank, world_size, announce)
+    if world_size > 1:
+        torch.distributed.barrier()  # the teacher reads what all ranks have encoded
+    contexts = ContextCache(args.out / "contexts")
+    if latents is not None:
+        _write_samples(args, prompts, contexts, latents, device, rank, world_size)
+    if world_size > 1:
+        torch.distributed.barrier()
+    if rank == 0:
+        print(f"{args.out / 'contexts'}: {len(contexts)} contexts of {contexts.encoder}")
+        if latents is not None:
+            made = TeacherCache(args.out / "teacher")
+            shape = " x ".join(map(str, made.shape))
+            print(f"{args.out / 'teacher'}: {len(made)} samples of {shape}, {len(made.sigmas) - 1} steps each")
+    return 0
+
+
+def _write_contexts(
+    args: argparse.Namespace, prompts: Prompts, device: Any, rank: int, world_size: int, announce: Any
+) -> None:
+    import torch
+
+    from twostep.zoo.context_cache import ContextCache
+    from twostep.zoo.encoders import load_text_encoder
+
+    from ...progress import progress_bar
+
+    folder = args.out / "contexts"
+    dtype = getattr(torch, DTYPES[args.dtype])
+    captions = [*prompts, ""]
+    encoder = load_text_encoder(args.model, dtype=dtype, device=device)
+    if rank == 0:
+        whole = ContextCache.bytes_needed(encoder, captions, dtype=dtype)
+        announce(max(0, whole - _written(folder, args.overwrite)))
+    with progress_bar("contexts", shown=rank == 0) as report:
+        ContextCache.write(
+            folder,
+            encoder,
+            captions,
+            shard_size=args.shard_size,
+            batch_size=args.batch,
+            dtype=dtype,
+            resume=not args.overwrite,
+            progress=report,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
+def _write_samples(
+    args: argparse.Namespace, prompts: Prompts, contexts: Any, latents: Latents, device: Any, rank: int, world_size: int
+) -> None:
+    import torch
+
+    from twostep.zoo import Teacher, load_backbone
+
+    from .pairs import TeacherCache
+
+    dtype = getattr(torch, DTYPES[args.dtype])
+    backbone = load_backbone(args.model, dtype=dtype, device=device, subfolder=args.subfolder).requires_grad_(False)
+    negative = contexts[[""]].to(device) if args.guidance != 1 else None
+    teacher = Teacher(backbone, steps=args.teacher_steps, shift=args.shift, guidance=args.guidance, negative=negative)
+    TeacherCache.write(
+        args.out / "teacher",
+        teacher,
+        contexts,
+        prompts,
+        size=(latents.height, latents.width),
+        seed=args.seed,
+        batch=args.batch,
+        dtype=dtype,
+        anchor_sigma=args.anchor_sigma,
+        shard_size=args.shard_size,
+        rank=rank,
+        world_size=world_size,
+        resume=not args.overwrite,
+    )
+
+
+@dataclass(frozen=True)
+class Latents:
+    channels: int
+    height: int
+    width: int
+
+
+def _latents(model: str, subfolder: str, size: tuple[int, int] | None) -> Latents:
+    """The latents of images of this size, from the model's configurations alone."""
+    from diffusers import ZImageTransformer2DModel
+
+    from twostep.zoo.autoencoder import LatentSpace, autoencoder_config
+
+    try:
+        vae = LatentSpace.of(autoencoder_config(model))
+        transformer = ZImageTransformer2DModel.load_config(model, subfolder=subfolder)  # any class's reads any
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model} is no diffusers pipeline with vae/ and {subfolder}/: {error}") from None
+    height, width = (vae.sample_size, vae.sample_size) if size is None else size
+    step = vae.factor * transformer.get("all_patch_size", [1])[0]
+    if height % step or width % step:
+        raise ValueError(f"--size is {height}x{width}, expected multiples of {step}: this model's latents and patches")
+    return Latents(vae.channels, height // vae.factor, width // vae.factor)
+
+
+def _written(folder: Path, overwrite: bool) -> int:
+    """Bytes of the shards that will stay."""
+    return 0 if overwrite else sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give height and width in pixels, such as 1024x768")
+    return int(found[1]), int(found[2])
+
+
+@contextmanager
+def _ranks() -> Iterator[tuple[int, int]]:
+    """(rank, world size) as torchrun says, and a process group if there are several."""
+    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if world_size == 1:
+        yield 0, 1
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {world_size} and MASTER_ADDR is not set; start several ranks with torchrun")
+    import torch.distributed as dist
+
+    # The ranks wait at a barrier for the slowest; a day is more than one shard takes.
+    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    try:
+        yield rank, world_size
+    finally:
+        dist.destroy_process_group()
+
+
+def _number(name: str, otherwise: int) -> int:
+    given = os.environ.get(name, str(otherwise))
+    if not given.isdigit():
+        raise ValueError(f"the environment variable {name} is {given!r}, expected a number: torchrun sets it")
+    return int(given)

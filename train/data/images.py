@@ -1,0 +1,251 @@
+"""A folder of images with captions, in buckets of one size each.
+
+    name.png + name.txt     the caption beside the image, or
+    metadata.jsonl          one object a line: {"file_name": "name.png", "caption": "..."}
+
+Bucket sizes have about one pixel area and sides that are multiples of a factor. An image goes to the bucket whose
+aspect ratio is nearest (in logarithms), the largest part of it with that ratio is cut from its centre, and one Lanczos
+resampling makes it the bucket's size; small images are enlarged. EXIF rotation is applied, transparency lies on white.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from .order import BucketOrder
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+METADATA = "metadata.jsonl"
+_SHOWN = 5
+_ROTATION = 0x0112  # EXIF's tag; 5 and more exchange width and height
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel at most
+
+
+def bucket_sizes(area: int, factor: int, max_aspect: float = 2.0) -> list[tuple[int, int]]:
+    """(height, width) of about this area, in multiples of the factor, from tall to wide: a square, and others."""
+    for name, value in (("area", area), ("factor", factor)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"image buckets: {name} is {value!r}, expected an integer of at least 1")
+    if not 1 <= max_aspect < math.inf:
+        raise ValueError(f"image buckets: max_aspect is {max_aspect!r}, expected a number from 1 on; 1 is squares only")
+    if area < factor**2:
+        raise ValueError(f"image buckets: area {area} is less than one square of the factor {factor}: {factor**2}")
+    units = area / factor**2
+    square = max(1, math.floor(math.sqrt(units) + 0.5)) * factor
+    sizes = {(square, square)}
+    for wide in range(1, math.ceil(math.sqrt(units * max_aspect)) + 1):
+        tall = max(1, round(units / wide))
+        if max(tall, wide) <= max_aspect * min(tall, wide):
+            sizes |= {(tall * factor, wide * factor), (wide * factor, tall * factor)}
+    return sorted(sizes, key=lambda size: (size[1] / size[0], size))
+
+
+def nearest_bucket(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> int:
+    aspect = math.log(width / height)
+    return min(range(len(sizes)), key=lambda i: abs(math.log(sizes[i][1] / sizes[i][0]) - aspect))
+
+
+@dataclass(frozen=True)
+class Entry:
+    path: Path
+    caption: str
+
+
+class ImageFolder:
+    """The images of a folder and its subfolders, sorted by name; `folder[i]` is one, [3, H, W] in [-1, 1].
+
+    Reads all captions and the headers of all images at once, and refuses a folder in which some are missing or broken.
+    Damage behind a header shows when the image is read, as an error that names it; `check` looks for it beforehand.
+
+    Args:
+        area: pixels of a bucket, about.
+        factor: sides of buckets are multiples of it: pixels of a latent times the backbone's latent_factor.
+        max_aspect: of the longest buckets; what is longer is cut to them.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, area: int = 1024 * 1024, factor: int = 16, max_aspect: float = 2.0
+    ) -> None:
+        self.folder = Path(folder).expanduser()
+        sizes = bucket_sizes(area, factor, max_aspect)
+        self.entries, problems = _entries(self.folder)
+        places: dict[int, list[int]] = {}
+        for number, entry in enumerate(self.entries):
+            try:
+                places.setdefault(nearest_bucket(*_size(entry.path), sizes), []).append(number)
+            except ValueError as error:
+                problems.append(str(error))
+        _raise(self.folder, problems)
+        self.sizes = [sizes[bucket] for bucket in sorted(places)]  # those that have images
+        self.buckets = [places[bucket] for bucket in sorted(places)]
+        self._bucket = {number: bucket for bucket, items in enumerate(self.buckets) for number in items}
+
+    @staticmethod
+    def check(folder: str | Path) -> list[str]:
+        """Decodes every image and returns what is wrong with the folder, one line for each file; empty if nothing."""
+        entries, problems = _entries(Path(folder).expanduser())
+        for entry in entries:
+            try:
+                _decode(entry.path)
+            except ValueError as error:
+                problems.append(str(error))
+        return problems
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, number: int) -> Tensor:
+        """One image at its bucket's size."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"image folder: number {number} was asked for, and {self.folder} has {len(self)}")
+        return fit(_decode(self.entries[number].path), *self.sizes[self._bucket[number]])
+
+    def caption(self, number: int) -> str:
+        return self.entries[number].caption
+
+
+def fit(image: Image.Image, height: int, width: int) -> Tensor:
+    """The centre of an RGB image at this size, [3, height, width] in [-1, 1]."""
+    scale = min(image.width / width, image.height / height)  # pixels of the source for one of ours
+    left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+    box = (left, top, left + scale * width, top + scale * height)
+    small = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    pixels = torch.from_numpy(np.array(small, dtype=np.uint8))
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    images: Tensor  # [B, 3, H, W] in [-1, 1]
+    captions: list[str]
+    indices: list[int]
+
+
+class ImageBatches:
+    """Batches of images of one size each, without end and with a state (see BucketOrder)."""
+
+    def __init__(self, folder: ImageFolder, batch: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        self.folder = folder
+        self.order = BucketOrder(folder.buckets, batch, seed=seed, rank=rank, world_size=world_size)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        return self
+
+    def __next__(self) -> ImageBatch:
+        _, items = next(self.order)
+        images = torch.stack([self.folder[item] for item in items])
+        return ImageBatch(images, [self.folder.caption(item) for item in items], items)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.order.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order.load_state_dict(state)
+
+
+def _entries(folder: Path) -> tuple[list[Entry], list[str]]:
+    """Images with captions, and what is wrong with the others."""
+    if not folder.is_dir():
+        raise ValueError(f"image folder: there is no folder {folder}")
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+    if not images:
+        raise ValueError(f"image folder: {folder} holds no images ({', '.join(ENDINGS)})")
+    if (folder / METADATA).is_file():
+        return _from_metadata(folder, images)
+    entries, problems = [], []
+    for image in images:
+        beside = image.with_suffix(".txt")
+        try:
+            caption = beside.read_text(encoding="utf-8-sig").strip()
+        except FileNotFoundError:
+            problems.append(f"{image} has no caption: there is no {beside.name} beside it, and no {METADATA}")
+        except UnicodeDecodeError:
+            problems.append(f"{beside} is not UTF-8")
+        else:
+            if caption:
+                entries.append(Entry(image, caption))
+            else:
+                problems.append(f"{image} has no caption: {beside.name} is empty")
+    return entries, problems
+
+
+def _from_metadata(folder: Path, images: list[Path]) -> tuple[list[Entry], list[str]]:
+    file = folder / METADATA
+    captions: dict[Path, str] = {}
+    problems = []
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, caption = row["file_name"], row["caption"]
+            if not isinstance(name, str) or not isinstance(caption, str) or not caption.strip():
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            problems.append(f'{file}, line {number}, is not {{"file_name": "...", "caption": "..."}}: {line[:80]!r}')
+            continue
+        path = folder / name
+        if path in captions:
+            problems.append(f"{file}, line {number}, names {name} a second time")
+        elif not path.is_file():
+            problems.append(f"{file}, line {number}, names {name}, which is not there")
+        else:
+            captions[path] = caption.strip()
+    problems += [f"{image} has no caption: {METADATA} does not name it" for image in images if image not in captions]
+    return [Entry(path, captions[path]) for path in sorted(captions)], problems
+
+
+def _raise(folder: Path, problems: list[str]) -> None:
+    if not problems:
+        return
+    more = (
+        f"\n  and {len(problems) - _SHOWN} more: ImageFolder.check(folder) lists all" if len(problems) > _SHOWN else ""
+    )
+    listed = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
+    raise ValueError(f"image folder: {folder} has {len(problems)} files to repair or remove:{listed}{more}")
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+    if image.mode not in _MODES:
+        raise ValueError(f"{path} has pixels of mode {image.mode}, expected 8 bits a channel; convert it to RGB")
+    return image
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """(height, width) as it is shown, from the header alone."""
+    with _open(path) as image:
+        # Pillow decodes a whole PNG to look for EXIF behind the pixels, where hardly anybody writes it. One that has it
+        # there is still shown upright; only its bucket is that of the pixels as they are stored.
+        behind = image.format == "PNG" and "exif" not in image.info
+        try:
+            turned = not behind and image.getexif().get(_ROTATION, 1) >= 5
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _decode(path: Path) -> Image.Image:
+    with _open(path) as image:
+        try:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PNG's are SyntaxErrors
+            raise ValueError(f"{path} is damaged: {error}") from None
+        if not upright.has_transparency_data:
+            return upright.convert("RGB")
+        clear = upright.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")

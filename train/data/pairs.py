@@ -1,0 +1,371 @@
+"""What the teacher makes of prompts, on disk: sampled once, read as often as training needs it.
+
+    pairs-00000-of-00012.safetensors    latents [n, C, H, W] of n prompts, indices [n] (the prompts' numbers), and
+                                        anchors [n, C, H, W] if an anchor's sigma was asked for
+    index.json                          which prompt is where, and what everything was made with
+
+Prompt `index` starts from noise of the seed and the index alone, so a sample does not depend on who made it or in what
+batch, up to the rounding of the network's own kernels at that batch size. The noise is not stored: `cache.noise` draws
+it again. An anchor is the teacher's state z_K on the way, at one sigma of its grid, in the same dtype as the samples.
+DP-DMD wants it: its target is the average velocity (noise - z_K) / (1 - sigma_K). Shards are written, resumed and
+checked like those of contexts (zoo/context_shards.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from twostep.zoo import AdapterView, Backbone, Context, Teacher
+from twostep.zoo.context_cache import DTYPES
+from twostep.zoo.context_shards import (
+    Kind,
+    Rows,
+    check_file,
+    claim,
+    clear,
+    is_whole,
+    merge,
+    open_shard,
+    publish,
+    read_index,
+)
+from twostep.zoo.encoders import fingerprint
+
+from ...progress import progress_bar
+from .disk import check_space
+from .noise import sample_noise
+from .order import check_ranks
+from .prompts import fingerprint as prompts_fingerprint
+
+WHERE = "teacher cache"
+
+
+def _rows(file: Any) -> Rows:
+    indices = file.get_tensor("indices").tolist()
+    return Rows({"first": indices[0], "count": len(indices)}, {"pairs": len(indices)}, {})
+
+
+PAIRS = Kind(
+    "twostep.pairs",
+    1,
+    stem="pairs",
+    where=WHERE,
+    holds="teacher samples",
+    writer="TeacherCache.write",
+    input="prompts",
+    own=(),
+    rows=_rows,
+)
+
+
+class Contexts(Protocol):
+    """A ContextCache or OnlineContexts."""
+
+    @property
+    def encoder(self) -> str: ...
+
+    def __getitem__(self, prompts: list[str], /) -> Context: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what stands in which shard."""
+
+    header: dict[str, str]
+    count: int  # prompts
+    shape: tuple[int, ...]  # of one sample
+    grid: tuple[float, ...]
+    anchor: int | None  # the step after which the state is kept
+    shard_size: int
+
+    @property
+    def names(self) -> list[str]:
+        shards = -(-self.count // self.shard_size)
+        return [PAIRS.name(shard, shards) for shard in range(shards)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.header["dtype"]]
+
+    def part(self, shard: int) -> range:
+        return range(self.count)[shard * self.shard_size : (shard + 1) * self.shard_size]
+
+    def bytes(self, shard: int) -> int:
+        kept = 1 if self.anchor is None else 2
+        values = kept * int(torch.Size(self.shape).numel())
+        return len(self.part(shard)) * (values * self.dtype.itemsize + 8) + 2048  # header; 8 is an index
+
+
+class TeacherCache:
+    """The teacher's samples that were written to a folder; `cache[indices]` is a batch of them, on the CPU.
+
+    `cache[indices]` is a dict: `latents` [n, C, H, W], `indices` [n], and `anchors` like latents where they were kept.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._index = read_index(self.folder, PAIRS)
+        header = self.header = dict(self._index["header"])
+        self.seed = int(header["seed"])
+        self.shape: tuple[int, ...] = tuple(json.loads(header["shape"]))
+        self.sigmas: tuple[float, ...] = tuple(json.loads(header["sigmas"]))
+        self.anchor_sigma: float | None = json.loads(header["anchor_sigma"])
+        self.dtype = DTYPES[header["dtype"]]
+        self._shards = self._index["shards"]
+        for shard in self._shards:
+            check_file(self.folder / shard["file"], shard["bytes"], PAIRS)
+        self._first: list[int] = [0, *accumulate(shard["count"] for shard in self._shards)]
+        self._files: dict[int, Any] = {}
+
+    @staticmethod
+    def write(
+        folder: str | Path,
+        teacher: Teacher,
+        contexts: Contexts,
+        prompts: Sequence[str],
+        *,
+        size: tuple[int, int],
+        seed: int = 0,
+        batch: int = 8,
+        dtype: torch.dtype = torch.bfloat16,
+        anchor_sigma: float | None = None,
+        shard_size: int = 256,
+        rank: int = 0,
+        world_size: int = 1,
+        resume: bool = True,
+        progress: bool | Callable[[int, int], None] = True,
+    ) -> None:
+        """Sample the teacher for every prompt into a folder; one that comes twice is sampled twice, from other noise.
+
+        Args:
+            contexts: a ContextCache of the prompts, or OnlineContexts.
+            size: height and width of the latents.
+            dtype: of what is stored; the teacher computes in its own.
+            anchor_sigma: also keep the state at this sigma, one of the teacher's grid between 1 and 0.
+            rank, world_size: every rank calls this alike and writes every world_size-th shard; the index appears when
+                the last of them is done.
+            resume: keep the shards that are there; they must be of the same teacher, prompts and settings. False
+                writes everything anew.
+            progress: called with (done, total) prompts of this rank; True shows a bar on rank 0.
+        """
+        check_ranks(WHERE, rank, world_size, batch=batch, shard_size=shard_size)
+        folder = Path(folder)
+        plan = plan_of(
+            teacher, contexts.encoder, prompts, size, seed=seed, dtype=dtype, anchor=anchor_sigma, shard_size=shard_size
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        mine = range(rank, len(plan.names), world_size)
+        if resume:
+            claim(folder, plan.header, PAIRS)
+        else:
+            clear(folder, {plan.names[shard] for shard in mine}, set(plan.names), rank, PAIRS)
+        absent = [shard for shard, name in enumerate(plan.names) if not (folder / name).exists()]
+        check_space(folder, sum(map(plan.bytes, absent)), WHERE)
+        total = sum(len(plan.part(shard)) for shard in mine)
+        with progress_bar("teacher samples", shown=progress is True and rank == 0) as bar:
+            report = progress if callable(progress) else bar
+            done = 0
+            for shard in mine:
+                if not is_whole(folder / plan.names[shard], plan.header, PAIRS):
+
+                    def within(count: int, before: int = done) -> None:
+                        report(before + count, total)
+
+                    _write_shard(folder, plan, shard, teacher, contexts, prompts, batch, within)
+                done += len(plan.part(shard))
+                report(done, total)
+        merge(folder, plan.names, plan.header, PAIRS)
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    def __getitem__(self, indices: Sequence[int] | Tensor) -> dict[str, Tensor]:
+        wanted = indices.tolist() if isinstance(indices, Tensor) else indices
+        if isinstance(wanted, (int, str)) or not isinstance(wanted, Sequence) or not wanted:
+            raise TypeError(f"{WHERE}: {indices!r} is not a batch; ask for a list of prompts' numbers")
+        for index in wanted:
+            if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self):
+                raise ValueError(f"{WHERE}: prompt {index!r} was asked for, and {self.folder} has {len(self)} prompts")
+        names = ["latents"] if self.anchor_sigma is None else ["latents", "anchors"]
+        rows = [self._row(index, names) for index in wanted]
+        found = {name: torch.stack([row[name] for row in rows]) for name in names}
+        return {**found, "indices": torch.tensor(wanted)}
+
+    def noise(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """The noise that these samples began with, in float32."""
+        wanted = indices.tolist() if isinstance(indices, Tensor) else indices
+        return sample_noise(self.seed, wanted, self.shape)
+
+    def check(self, teacher: Teacher, prompts: Sequence[str]) -> None:
+        """ValueError unless the samples are this teacher's, with its grid and guidance, of these prompts."""
+        mine = {**_teacher_header(teacher, self.sigmas_of(teacher)), "prompts": prompts_fingerprint(prompts)}
+        differ = [key for key, value in mine.items() if self.header[key] != value]
+        if differ:
+            raise ValueError(
+                f"{WHERE}: the samples in {self.folder} were made with other {', '.join(differ)}; write a cache for "
+                f"this teacher and these prompts into another folder"
+            )
+
+    def sigmas_of(self, teacher: Teacher) -> tuple[float, ...]:
+        """The teacher's grid at the size of these samples."""
+        _, height, width = self.shape
+        return teacher.sigmas(height, width)
+
+    def _row(self, index: int, names: list[str]) -> dict[str, Tensor]:
+        shard = bisect_right(self._first, index) - 1
+        if shard not in self._files:
+            path = self.folder / self._shards[shard]["file"]
+            found, file = open_shard(path, PAIRS)
+            if found != self.header:
+                raise ValueError(f"{WHERE}: {path} is a shard of another cache; write this one anew with resume=False")
+            self._files[shard] = file
+        row = index - self._first[shard]
+        return {name: self._files[shard].get_slice(name)[row] for name in names}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # an open file stays with its process
+
+
+def plan_of(
+    teacher: Teacher,
+    encoder: str,
+    prompts: Sequence[str],
+    size: tuple[int, int],
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    anchor: float | None,
+    shard_size: int,
+) -> Plan:
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"{WHERE}: prompts are {prompts!r}, expected a sequence of at least one str")
+    names = {known: name for name, known in DTYPES.items()}
+    if dtype not in names:
+        raise ValueError(f"{WHERE}: dtype is {dtype}, expected one of {', '.join(map(str, names))}")
+    factor = teacher.backbone.latent_factor
+    if len(size) != 2 or any(side < 1 or side % factor for side in size):
+        raise ValueError(f"{WHERE}: size is {size}, expected (height, width) of latents, multiples of {factor}")
+    grid = teacher.sigmas(*size)
+    step, sigma = _anchor(grid, anchor)
+    shape = (teacher.backbone.channels, *size)
+    header = {
+        "format": PAIRS.format,
+        "version": str(PAIRS.version),
+        **_teacher_header(teacher, grid),
+        "anchor_sigma": json.dumps(sigma),
+        "encoder": encoder,
+        "seed": str(seed),
+        "shape": json.dumps(shape),
+        "dtype": names[dtype],
+        "shard_size": str(shard_size),
+        "prompts": prompts_fingerprint(prompts),
+    }
+    return Plan(header, len(prompts), shape, grid, step, shard_size)
+
+
+def _teacher_header(teacher: Teacher, grid: tuple[float, ...]) -> dict[str, str]:
+    model = teacher.backbone.model
+    config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
+    negative = None
+    if teacher.guidance != 1:
+        if teacher.negative is None:
+            raise ValueError(
+                f"{WHERE}: the teacher's guidance is {teacher.guidance} and it has no negative context; give it one: "
+                f"Teacher(..., negative=contexts[['']])"
+            )
+        # In bfloat16: what a cache rounds to.
+        values = teacher.negative.features.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+        negative = [teacher.negative.encoder, teacher.negative.lengths_of_samples(), _digest(values)]
+    network = fingerprint.digest([config, fingerprint.weights(_Weights(teacher.backbone))])
+    return {
+        "teacher": f"{teacher.backbone.family}:{network}",
+        "sigmas": json.dumps(grid),
+        "guidance": json.dumps([float(teacher.guidance), negative]),
+    }
+
+
+class _Weights(nn.Module):
+    """A backbone's parameters by the names of its model without adapters: a base stays the model that it was when
+    adapters are added to it; those that are switched on count."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.__dict__["backbone"] = backbone  # looked at, not owned
+
+    def named_parameters(self, *unused: Any, **settings: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        backbone = self.__dict__["backbone"]
+        for name, parameter in backbone.model.named_parameters():
+            is_adapters = isinstance(backbone, AdapterView) and ".lora_" in name
+            if not is_adapters or name.split(".")[-2] == backbone.adapter:
+                yield name.replace(".base_layer.", "."), parameter
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
+
+
+def _anchor(grid: tuple[float, ...], wanted: float | None) -> tuple[int | None, float | None]:
+    """The step that ends at the wanted sigma, and that sigma as the grid has it."""
+    if wanted is None:
+        return None, None
+    for step, sigma in enumerate(grid[1:-1]):
+        if abs(sigma - wanted) < 1e-4:
+            return step, sigma
+    inner = ", ".join(f"{sigma:.4f}" for sigma in grid[1:-1]) or "none: there is one step only"
+    raise ValueError(
+        f"{WHERE}: anchor_sigma is {wanted}, expected a sigma that the teacher passes through: {inner}; choose one, or "
+        f"another number of steps or shift for the teacher"
+    )
+
+
+def _write_shard(
+    folder: Path,
+    plan: Plan,
+    shard: int,
+    teacher: Teacher,
+    contexts: Contexts,
+    prompts: Sequence[str],
+    batch: int,
+    report: Callable[[int], None],
+) -> None:
+    name, part = plan.names[shard], plan.part(shard)
+    for left in folder.glob(f".{name}.*"):
+        left.unlink(missing_ok=True)  # of a run that was killed
+    latents: list[Tensor] = []
+    anchors: list[Tensor] = []
+
+    def on_step(step: int, x: Tensor) -> None:
+        if step == plan.anchor:
+            anchors.append(x.to("cpu", plan.dtype))
+
+    device = teacher.backbone.device
+    for start in range(0, len(part), batch):
+        indices = list(part[start : start + batch])
+        context = contexts[[prompts[index] for index in indices]].to(device)
+        noise = sample_noise(int(plan.header["seed"]), indices, plan.shape).to(device)
+        sample = teacher.sample(noise, context, sigmas=plan.grid, on_step=on_step).to("cpu", plan.dtype)
+        kept = sample if plan.anchor is None else torch.cat([sample, anchors[-1]], dim=1)
+        finite = kept.flatten(1).isfinite().all(1).tolist()
+        if not all(finite):
+            bad = indices[finite.index(False)]
+            raise ValueError(
+                f"{WHERE}: the teacher's sample of prompt {bad}, {prompts[bad][:80]!r}, is not finite in {plan.dtype}; "
+                f"look at the teacher's weights and dtype, or store bfloat16"
+            )
+        latents.append(sample)
+        report(start + len(indices))
+    tensors = {"latents": torch.cat(latents), "indices": torch.tensor(list(part))}
+    if plan.anchor is not None:
+        tensors["anchors"] = torch.cat(anchors)
+    publish(folder / name, lambda path: save_file(tensors, path, plan.header))

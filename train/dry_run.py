@@ -1,0 +1,166 @@
+"""`twostep train RECIPE --dry-run`: what the run will be, from configurations alone: roles, data, updates, memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..zoo.miniature.tokenizer import MAX_CAPTION_TOKENS
+from ..zoo.plan import backbone_like
+from ..zoo.saved_student import MINIATURE
+from .cast import DTYPES
+from .feed import make_feed
+from .methods import method_class
+from .parts import Parts
+from .recipe import ImagesData, PromptsData, Recipe
+from .rehearsal import Rehearsal, rehearse
+
+CAPTION = 512  # tokens, to which the pipelines of both families cut a caption
+
+
+def describe_run(recipe: Recipe) -> str:
+    """What `--dry-run` prints. Data are looked for and counted; of networks only configurations are read.
+
+    WORLD_SIZE says how many ranks there will be, as torchrun has it: `WORLD_SIZE=8 twostep train ... --dry-run`.
+    """
+    world_size = _world_size()
+    parts = Parts(
+        recipe.model,
+        dtype=DTYPES[recipe.compute.dtype],
+        device="cpu",
+        cache=recipe.data.contexts if isinstance(recipe.data, PromptsData) else None,
+    )
+    student = recipe.roles.student
+    source = parts.path if student.source is None else student.source
+    with FakeTensorMode():
+        network = backbone_like(source, dtype=torch.bfloat16, subfolder=student.subfolder)
+    feed = make_feed(
+        recipe.data,
+        parts,
+        batch=recipe.batch,
+        seed=recipe.seed,
+        rank=0,
+        world_size=world_size,
+        wants=method_class(recipe.method).wants(recipe.method),
+        latent_channels=network.channels,
+        latent_factor=network.latent_factor,
+        device="cpu",
+    )
+    try:
+        shape = _square(recipe, parts, network.latent_factor) if feed.shape is None else feed.shape
+        caption = MAX_CAPTION_TOKENS if recipe.model == MINIATURE else _caption(network)
+        print("running an update of each kind on tensors without data ...", file=sys.stderr, flush=True)
+        rehearsal = rehearse(recipe, parts.path, shape, world_size, caption)
+        return _text(recipe, rehearsal, feed.describe(), shape, caption, world_size)
+    finally:
+        feed.close()
+
+
+def _world_size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"the environment's WORLD_SIZE is {text!r}, expected a whole number from 1 on")
+    return int(text)
+
+
+def _square(recipe: Recipe, parts: Parts, latent_factor: int) -> tuple[int, int, int]:
+    """Of several buckets, which have about one area: the square."""
+    space = parts.latent_space
+    area = recipe.data.area if isinstance(recipe.data, ImagesData) else None
+    side = space.sample_size if area is None else math.sqrt(area)
+    steps = max(1, round(side / (space.factor * latent_factor)))
+    return space.channels, steps * latent_factor, steps * latent_factor
+
+
+def _caption(network: torch.nn.Module) -> int:
+    """As long as captions can be, or as this model has positions for."""
+    positions = getattr(network.model.config, "axes_lens", None)  # type: ignore[union-attr]
+    return CAPTION if positions is None else min(CAPTION, (positions[0] - 2) // 32 * 32)
+
+
+# Text
+
+
+def _text(
+    recipe: Recipe, rehearsal: Rehearsal, data: str, shape: tuple[int, int, int], caption: int, world_size: int
+) -> str:
+    parallel = recipe.parallel
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    if parallel.kind == "fsdp":
+        ranks += f", fsdp: {parallel.replicas} x {world_size // parallel.replicas} shards"
+    elif world_size > 1:
+        ranks += ", ddp: every rank holds everything"
+    updates = rehearsal.updates
+    each = ", ".join(f"{count} {kind}" for kind, count in updates.items())
+    whole = sum(updates.values()) * recipe.iterations
+    samples = recipe.batch * recipe.accumulate * world_size
+    product = f"batch {recipe.batch} x accumulate {recipe.accumulate} x {world_size} ranks"
+    facts = [
+        ["method", recipe.method.kind],
+        ["model", recipe.model],
+        ["ranks", ranks],
+        ["data", data],
+        ["latents", f"{' x '.join(map(str, shape))}; captions of up to {caption} tokens"],
+        ["sigmas", ", ".join(f"{sigma:.4g}" for sigma in rehearsal.sigmas)],
+        ["updates", f"{each} an iteration; {recipe.iterations:,} iterations: {whole:,} updates"],
+        ["samples", f"{samples:,} an update: {product}"],
+        ["compute", _compute(recipe)],
+        ["out", str(recipe.out)],
+    ]  # fmt: skip
+    note = (
+        "Gradients are there from the first batch of an update of their kind to its end. Tensors alone: a CUDA "
+        "context, cuBLAS\nworkspaces and the allocator's fragmentation come on top, and so do an autoencoder and a "
+        "text encoder where a run needs them."
+    )
+    roles, memory = _role_rows(rehearsal), _memory_rows(recipe, rehearsal)
+    tables = [_columns(facts), _columns(roles, right=(4, 5)), _columns(memory, right=(1, 2, 3, 4))]
+    return "\n\n".join([*tables, note])
+
+
+def _compute(recipe: Recipe) -> str:
+    compute = recipe.compute
+    said = [compute.dtype, "fused operators" if compute.fused else "stock diffusers"]
+    said.append("blocks recomputed in backward" if compute.checkpointing else "activations kept")
+    if compute.compile:
+        said.append("compiled blocks (memory is that of eager ones)")
+    return ", ".join(said)
+
+
+def _role_rows(rehearsal: Rehearsal) -> list[list[str]]:
+    head = ["role", "from", "class", "weights", "trainable", "frozen", "dtype"]
+    return [
+        head,
+        *(
+            [r.name, r.source, r.kind, r.weights, f"{r.trainable:,}", f"{r.frozen:,}", r.dtype or "-"]
+            for r in rehearsal.roles
+        ),
+    ]
+
+
+def _memory_rows(recipe: Recipe, rehearsal: Rehearsal) -> list[list[str]]:
+    generator, guidance = recipe.optimizers.generator, recipe.optimizers.guidance
+    kinds = dict.fromkeys([generator.kind, (guidance or generator).kind])
+    unit, size = ("GiB", 2**30) if max(rehearsal.peaks.values()) >= 2**30 else ("MiB", 2**20)
+
+    def row(name: str, *sizes: int) -> list[str]:
+        return [name, *(f"{bytes_ / size:,.2f}" for bytes_ in sizes)]
+
+    rows = [[f"{unit} of a rank", "weights", "gradients", " / ".join(kinds), "average"]]
+    for name, held in rehearsal.memory.items():
+        rows.append(row(name, held.weights, held.gradients, held.optimizer, held.average))
+    rows.append(row("held between updates", rehearsal.held))
+    return rows + [row(f"peak of a {kind} update", peak) for kind, peak in rehearsal.peaks.items()]
+
+
+def _columns(rows: Sequence[Sequence[str]], right: tuple[int, ...] = ()) -> str:
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(row)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""DP-DMD (arXiv 2602.03139): step 1 keeps diversity, later steps learn distribution matching.
+
+    step 1          the velocity is taught the teacher's average velocity from the same noise down to an anchor
+    between         the gradient is cut
+    later steps     keep their gradient to each other, and learn DMD on the final image
+
+No discriminator, no images. The teacher's K steps are deterministic; anchors come with the batch (`twostep cache`) or
+are sampled here. Ours for two steps: the anchor stands at the student's own first boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ... import losses
+from ...zoo import Context, Student
+from ..told import told
+from .guidance import Guidance
+from .method import Cast, Metrics, Streams, TrainingBatch, alternate, check_alternation, normal, wanted
+
+
+@dataclass(frozen=True)
+class DPDMDConfig:
+    kind: Literal["dp_dmd"] = "dp_dmd"
+    guidance_per_generator: int = told(5, "guidance updates of an iteration, before the generator's")
+    diversity: float = told(0.05, "weight of step 1's loss to the teacher's average velocity (lambda)")
+    teacher_steps: int = told(8, "of the teacher's whole path, where the batch brings no anchor")
+    anchor_guidance: float = told(3.5, "of the teacher on that path")
+    cached_anchors: bool = told(
+        False, "take the cache's anchors, and so one noise a prompt, instead of running the teacher"
+    )
+
+    def check(self) -> Iterable[str]:
+        yield from check_alternation(self.guidance_per_generator)
+
+
+class DPDMD:
+    roles: ClassVar[tuple[str, ...]] = ("real_score", "fake_score")
+    steps: ClassVar[tuple[int, int | None]] = (2, None)
+
+    @classmethod
+    def wants(cls, config: DPDMDConfig) -> frozenset[str]:
+        return frozenset({"anchor"} if config.cached_anchors else ())
+
+    @classmethod
+    def build(cls, config: DPDMDConfig, cast: Cast, shared: Streams) -> DPDMD:
+        assert cast.guidance is not None
+        return cls(cast.student, cast.guidance, config)
+
+    def __init__(self, student: Student, guidance: Guidance, config: DPDMDConfig) -> None:
+        if student.steps < 2:
+            raise ValueError(
+                f"dp_dmd: the student has {student.steps} step, expected at least 2: step 1 has a task of its own"
+            )
+        self.student, self.guidance, self.config = student, guidance, config
+
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        return {"generator": list(self.student.trainable_parameters()), "guidance": self.guidance.parameters()}
+
+    def updates(self, iteration: int) -> Sequence[str]:
+        return alternate(self.config.guidance_per_generator)
+
+    def run(self, update: str, batch: TrainingBatch, streams: Streams, scale: float = 1.0) -> Metrics:
+        return (self._generator if update == "generator" else self._guidance)(batch, streams, scale)
+
+    def sample(self, noise: Tensor, context: Context) -> Tensor:
+        return self.student.sample(noise, context)
+
+    def _generator(self, batch: TrainingBatch, streams: Streams, scale: float) -> Metrics:
+        student, context = self.student, batch.context
+        noise, anchor, anchor_sigma = self._anchor(batch, streams)
+        v0 = student.velocity(0, noise, context)
+        diversity = losses.target_prediction_loss(v0, noise, anchor, anchor_sigma)
+        (scale * self.config.diversity * diversity).backward()
+        x = noise + (student.sigmas[1] - student.sigmas[0]) * v0.detach().to(noise.dtype)
+        for step in range(1, student.steps):
+            x = student.step(step, x, context)
+        matching, metrics = self.guidance.matching(x, student.sigmas[1], context, streams)
+        (scale * matching).backward()
+        return metrics | {
+            "diversity_loss": diversity.detach(),
+            "final_loss": matching.detach(),
+            "sample_std": x.detach().std(),
+        }
+
+    def _anchor(self, batch: TrainingBatch, streams: Streams) -> tuple[Tensor, Tensor, float]:
+        """The noise, the teacher's state on its way from it, and that state's sigma."""
+        boundary = self.student.sigmas[1]
+        if batch.anchor is not None:
+            source = "an anchor is useless without the noise that it came from"
+            return wanted(batch.anchor_noise, "dp_dmd", "anchor_noise", source), batch.anchor, boundary
+        noise = normal(batch, streams, "student")
+        path = [s for s in self.guidance.teacher.sigmas(*batch.shape[2:], self.config.teacher_steps) if s > boundary]
+        with torch.no_grad():
+            x = noise
+            for a, b in zip(path, [*path[1:], boundary], strict=True):
+                v = self.guidance.teacher.velocity(x, a, batch.context, guidance=self.config.anchor_guidance)
+                x = x + (b - a) * v
+        return noise, x, boundary
+
+    def _guidance(self, batch: TrainingBatch, streams: Streams, scale: float) -> Metrics:
+        fake = self.student.sample(normal(batch, streams, "guidance"), batch.context)
+        loss, metrics = self.guidance.train_fake_score(fake, batch.context, streams)
+        (scale * loss).backward()
+        return metrics

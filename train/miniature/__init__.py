@@ -1,0 +1,1 @@
+"""How the miniature that comes with the package is made: `python -m twostep.train.miniature`."""

@@ -1,0 +1,177 @@
+"""The chain that makes the miniature's weights, each stage from those before it, and each going on where it stopped.
+
+    autoencoder    drawn images                                    autoencoder/
+    encoders       captions, and captions with images              encoders/    -> pipeline/, transformer untrained
+    base           flow matching: many steps, with guidance        base/        recipe miniature-flow-matching
+    teacher        decoupled DMD: 8 steps, without guidance        teacher/     recipe miniature-decoupled-dmd
+    weights        all of it in bfloat16, as it ships              weights/     transformer/ is the teacher, and base/
+
+The two runs of `twostep train` are processes of their own, one or several.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...zoo.miniature import Miniature, miniature
+from ..durable_folder import publish, temporary
+from ..result import finished
+from .autoencoder import reconstruction_psnr, train_autoencoder
+from .encoders import reading, train_encoders
+from .fit import Fit
+
+AUTOENCODER = Fit(steps=2000, batch=16, lr=2e-3)
+ENCODERS = Fit(steps=1500, batch=64, lr=1.5e-3)
+RECIPES = {"base": "miniature-flow-matching", "teacher": "miniature-decoupled-dmd"}
+FRESH = (0xF4E5, 1024)  # a stream that nothing is trained on, and how many of its samples say how good a part is
+MEASURED: dict[str, dict[str, Any]] = {
+    "base at 28, guidance 4": {"steps": 28, "guidance": 4.0, "subfolder": "base"},
+    "teacher at 8": {"steps": 8},
+    "teacher at 2": {"steps": 2},
+}
+STAGES = ("autoencoder", "encoders", "base", "teacher", "weights")
+
+
+class StageFailed(RuntimeError):
+    """A run of `twostep train` ended with this status."""
+
+    def __init__(self, stage: str, status: int) -> None:
+        super().__init__(f"the {stage} did not become ready (exit status {status}); the same command goes on")
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Chain:
+    """
+    Args:
+        steps: of stages that are to have others than they are made with.
+        ranks: processes of the base's and the teacher's runs.
+        settings: of those runs, as `twostep train` takes them.
+        images: that the quality of what ships is measured on.
+    """
+
+    out: Path
+    seed: int = 0
+    steps: Mapping[str, int] | None = None
+    ranks: int = 1
+    settings: tuple[str, ...] = ()
+    images: int = 500
+
+    def run(self, until: str = STAGES[-1]) -> None:
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            print(f"== {stage}", file=sys.stderr, flush=True)
+            getattr(self, f"_{stage}")()
+
+    # The parts that are not distilled
+
+    def _autoencoder(self) -> None:
+        """Alone, so that the encoders may be made at another time or place."""
+        if not self._pipeline.exists():
+            self._trained_autoencoder(miniature(untrained_seed=self.seed))
+
+    def _encoders(self) -> None:
+        if self._pipeline.exists():
+            return
+        mini = miniature(untrained_seed=self.seed)
+        self._trained_autoencoder(mini)
+        readers = train_encoders(mini, self._fit("encoders", ENCODERS), self.out / "encoders")
+        facts = {
+            "autoencoder, psnr on fresh images": reconstruction_psnr(mini.vae, *FRESH),
+            "encoders, share read rightly": reading(mini, readers, *FRESH),
+        }
+        with temporary(self.out, self._pipeline.name) as new:
+            mini.save(new)
+            (new / "measured.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            publish(new, self._pipeline)
+
+    def _trained_autoencoder(self, mini: Miniature) -> None:
+        train_autoencoder(mini.vae, self._fit("autoencoder", AUTOENCODER), self.out / "autoencoder")
+
+    def _fit(self, stage: str, plan: Fit) -> Fit:
+        steps = (self.steps or {}).get(stage, plan.steps)
+        return Fit(steps, plan.batch, plan.lr, seed=self.seed, warmup=min(plan.warmup, steps // 4))
+
+    # The runs of twostep train
+
+    def _base(self) -> None:
+        self._train("base")
+
+    def _teacher(self) -> None:
+        base = self.out / "base" / "student"
+        roles = [f"roles.{role}.{key}" for role in ("student", "real_score") for key in ("source", "subfolder")]
+        self._train("teacher", *(f"{key}={base if key.endswith('source') else 'transformer'}" for key in roles))
+
+    def _train(self, stage: str, *more: str) -> None:
+        if (self.out / stage / "student").is_dir():
+            return
+        own = [f"model={self._pipeline}", f"out={self.out / stage}", f"seed={self.seed}", *more]
+        if self.steps and stage in self.steps:
+            own.append(f"iterations={self.steps[stage]}")
+        threads = max(1, (os.cpu_count() or 1) // self.ranks)
+        alone = [sys.executable]
+        together = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
+        command = [*alone, *(together if self.ranks > 1 else []), "-m", "twostep", "train", RECIPES[stage]]
+        ended = subprocess.run(
+            [*command, *own, *self.settings], env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False
+        )
+        if ended.returncode or not finished(self.out / stage):
+            raise StageFailed(stage, ended.returncode)
+
+    # What ships
+
+    def _weights(self) -> None:
+        with temporary(self.out, "weights") as new:
+            self._with_transformer("teacher").save(new, torch.bfloat16)
+            self._with_transformer("base").transformer.to(torch.bfloat16).save_pretrained(new / "base")
+            parts = json.loads((self._pipeline / "measured.json").read_text(encoding="utf-8"))
+            _forget_places(new)
+            facts = {**parts, "images": self._quality(new)}
+            (new / "measured.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            for stage in STAGES[:-1]:
+                (new / "training").mkdir(exist_ok=True)
+                shutil.copy(self.out / stage / "metrics.jsonl", new / "training" / f"{stage}.jsonl")
+            publish(new, self.out / "weights")
+
+    def _quality(self, weights: Path) -> dict[str, Any]:
+        """Of what ships, as it ships."""
+        from ...evaluate.command import Settings, study
+        from ...evaluate.subjects import Subject
+
+        subjects = [Subject(name, str(weights), settings) for name, settings in MEASURED.items()]
+        settings = Settings(self.out / "report", images=self.images, title="The miniature")
+        report = study(subjects, settings)
+        report.write(self.out / "report")
+        rows = {
+            row.name: {metric: [round(x, 4) for x in (i.value, i.low, i.high)] for metric, i in row.metrics.items()}
+            for row in report.measured
+        }
+        return {"count": self.images, "value, low, high": rows}
+
+    def _with_transformer(self, stage: str) -> Miniature:
+        from diffusers import ZImageTransformer2DModel
+
+        mini = miniature(self._pipeline)
+        mini.transformer = ZImageTransformer2DModel.from_pretrained(self.out / stage / "student" / "transformer")
+        return mini
+
+    @property
+    def _pipeline(self) -> Path:
+        return self.out / "pipeline"
+
+
+def _forget_places(folder: Path) -> None:
+    """diffusers writes down where a model was loaded from, which is nobody's business."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

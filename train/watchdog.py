@@ -1,0 +1,88 @@
+"""Ends a run that no longer moves, and says which rank the others wait for.
+
+Every rank beats: it counts, and says what it is about to do. A thread on each rank looks at its own rank's last beat;
+when that is older than the time-out, it reads the others' from the group's store. Ranks that wait in a collective have
+said so and have counted further than the one that they wait for, which is thereby known. A thread, because a
+collective that hangs does not return to Python; and the process ends there, since nothing can be saved in it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+HANGS = 70  # the exit status; EX_SOFTWARE of sysexits.h
+
+
+class Watchdog:
+    def __init__(self, rank: int, world_size: int, timeout: float, store: Any = None) -> None:
+        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+        self._store = store
+        self._mine = (0, "starting", time.monotonic(), 1.0)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def beat(self, doing: str, patience: float = 1.0) -> None:
+        """I live, and am about to do this; `patience` times the time-out is granted for it."""
+        count = self._mine[0] + 1
+        self._mine = (count, doing, time.monotonic(), patience)
+        if self._store is not None and self.world_size > 1:
+            self._store.set(f"beat/{self.rank}", json.dumps([count, doing]))
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        store = self._store.clone() if self.world_size > 1 else None  # a client of its own: the main one may be busy
+        while not self._stop.wait(min(5.0, self.timeout / 10)):
+            count, doing, since, patience = self._mine
+            still = time.monotonic() - since
+            if still <= self.timeout * patience:
+                continue
+            others = {} if store is None else _beats(store, self.world_size)
+            others[self.rank] = (count, doing)
+            print(self._verdict(others, still), file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            os._exit(HANGS)
+
+    def _verdict(self, beats: dict[int, tuple[int, str]], still: float) -> str:
+        head = f"twostep train: rank {self.rank} has not moved for {still:.0f} s ({beats[self.rank][1]})"
+        advice = (
+            "the last checkpoint is whole: the same command goes on from it; parallel.timeout sets how long to wait"
+        )
+        if self.world_size == 1:
+            return f"{head}; its stack follows; {advice}"
+        silent = [rank for rank in range(self.world_size) if rank not in beats]
+        if silent:
+            return f"{head}: {_named(silent)} never said anything; {advice}"
+        least = min(count for count, _ in beats.values())
+        behind = [rank for rank, (count, _) in sorted(beats.items()) if count == least]
+        if len(behind) == self.world_size:
+            return f"{head}; all ranks stand at the same place, and each prints its stack; {advice}"
+        return f"{head}: {_named(behind)} hangs ({beats[behind[0]][1]}), and the others wait for it; {advice}"
+
+
+def _beats(store: Any, world_size: int) -> dict[int, tuple[int, str]]:
+    """What each rank said last; without those that never did."""
+    found = {}
+    for rank in range(world_size):
+        key = f"beat/{rank}"
+        if store.check([key]):
+            count, doing = json.loads(store.get(key))
+            found[rank] = (count, doing)
+    return found
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
