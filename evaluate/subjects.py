@@ -1,0 +1,229 @@
+"""What can be compared: models that draw, and folders of images that somebody has drawn.
+
+    NAME=WHERE@key=value,...     base=miniature@steps=28,guidance=4,subfolder=base     student=runs/first
+
+WHERE is the folder of a run (its student), a diffusers pipeline (with steps, and guidance, shift or subfolder where
+they are wanted), a hub id, "miniature", or a folder of images, each with its caption in a .txt of its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..zoo import TextToImage, load_text_to_image
+from ..zoo.saved_student import pipeline_path, student_facts, student_folder
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+_NUMBERS = {"steps": int, "guidance": float, "shift": float}
+SETTINGS = (*_NUMBERS, "subfolder")
+
+
+@dataclass(frozen=True)
+class Subject:
+    name: str
+    where: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Subject:
+        name, equals, rest = text.partition("=")
+        if not equals or "@" in name or "/" in name:
+            name, rest = "", text
+        where, _, given = rest.partition("@")
+        settings: dict[str, Any] = {}
+        for item in filter(None, given.split(",")):
+            key, equals, value = item.partition("=")
+            if key not in SETTINGS or not equals:
+                raise ValueError(f"{text!r}: {item!r} is not one of {', '.join(f'{key}=...' for key in SETTINGS)}")
+            try:
+                settings[key] = _NUMBERS.get(key, str)(value)
+            except ValueError:
+                raise ValueError(f"{text!r}: {key} is {value!r}, expected a number") from None
+        if not where:
+            raise ValueError(f"{text!r}: expected [NAME=]WHERE[@key=value,...], such as student=runs/first")
+        return cls(
+            name or Path(where).name + "".join(f" {key}={value}" for key, value in settings.items()), where, settings
+        )
+
+    @property
+    def images(self) -> list[Path]:
+        """Those of a folder of images; none for a model."""
+        folder = Path(self.where).expanduser()
+        if not folder.is_dir() or student_folder(folder) is not None or (folder / "model_index.json").is_file():
+            return []
+        return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+
+    @property
+    def run(self) -> Path | None:
+        """The run's folder, where there is a journal of its training."""
+        folder = Path(self.where).expanduser()
+        return next((one for one in (folder, folder.parent) if (one / "metrics.jsonl").is_file()), None)
+
+    def load(self, *, dtype: torch.dtype, device: torch.device | str) -> TextToImage:
+        return load_text_to_image(self.where, dtype=dtype, device=device, **self.settings)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What models are asked to draw."""
+
+    captions: tuple[str, ...]
+    seeds: tuple[int, ...]
+    size: tuple[int, int] | None = None
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        if len(self.captions) != len(self.seeds):
+            raise ValueError(
+                f"an order has {len(self.captions)} captions and {len(self.seeds)} seeds, expected as many"
+            )
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    images: Tensor  # [N, 3, H, W], uint8
+    captions: list[str]
+    steps: int | None = None
+    evaluations: int | None = None  # of the network, for an image
+    seconds: float | None = None  # for an image, from caption to pixels
+    network_seconds: float | None = None  # for an image, of the transformer alone
+
+    def pixels(self, rows: slice = slice(None)) -> Tensor:
+        """Float32 in [-1, 1]."""
+        return self.images[rows].float() / 127.5 - 1
+
+
+def draw(model: TextToImage, order: Order, advance: Callable[[int], object] = lambda count: None) -> Drawn:
+    """Draws the order. The first batch is drawn once more ahead of the clock, which must not see what is made once.
+
+    Args:
+        advance: is called with the number of images that have been drawn since.
+    """
+    made: list[Tensor] = []
+    network = start = 0.0
+    batches = [slice(at, min(at + order.batch, len(order))) for at in range(0, len(order), order.batch)]
+    for number, rows in enumerate([batches[0], *batches]):
+        if number == 1:
+            made, network, start = [], 0.0, _now(model)
+        context = model.contexts(order.captions[rows])
+        noise = model.noise(order.seeds[rows], order.size)
+        begun = _now(model)
+        latents = model.latents(noise, context)
+        network += _now(model) - begun
+        made.append(to_bytes(model.images(latents)).cpu())
+        if number:
+            advance(rows.stop - rows.start)
+    count = len(order)
+    return Drawn(
+        torch.cat(made),
+        list(order.captions),
+        model.steps,
+        model.evaluations,
+        (_now(model) - start) / count,
+        network / count,
+    )
+
+
+def draw_once(
+    subject: Subject,
+    orders: Sequence[Order],
+    kept: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    advance: Callable[[int], object] = lambda count: None,
+) -> list[Drawn]:
+    """Each order drawn, or read from the folder `kept` where it was drawn before; the model is loaded if it must be."""
+    model: TextToImage | None = None
+    found = []
+    for order in orders:
+        path = kept / f"{identity(subject, order, dtype)}.safetensors"
+        drawn = _read(path)
+        if drawn is None:
+            model = model or subject.load(dtype=dtype, device=device)
+            drawn = draw(model, order, advance)
+            _write(path, drawn, subject.name)
+        else:
+            advance(len(order))
+        found.append(drawn)
+    return found
+
+
+def _read(path: Path) -> Drawn | None:
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        return Drawn(file.get_tensor("images"), **json.loads(file.metadata()["facts"]))
+
+
+def _write(path: Path, drawn: Drawn, of: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {name: value for name, value in vars(drawn).items() if name != "images"}
+    new = path.with_suffix(".new")
+    save_file({"images": drawn.images}, new, metadata={"of": of, "facts": json.dumps(facts)})
+    new.replace(path)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _now(model: TextToImage) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def read_images(paths: Sequence[Path], size: tuple[int, int] | None = None) -> Drawn:
+    """Images of a folder, all of one size, with the captions that lie beside them ("" where there is none)."""
+    import numpy as np
+    from PIL import Image
+
+    pixels: list[Tensor] = []
+    captions: list[str] = []
+    for path in paths:
+        with Image.open(path) as image:
+            found = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
+        if pixels and found.shape != pixels[0].shape:
+            raise ValueError(
+                f"{path} is {found.shape[1]} x {found.shape[2]}, and {paths[0]} is {pixels[0].shape[1]} x "
+                f"{pixels[0].shape[2]}: images that are compared have one size"
+            )
+        if size is not None and tuple(found.shape[1:]) != size:
+            raise ValueError(f"{path} is {found.shape[1]} x {found.shape[2]}, expected {size[0]} x {size[1]}")
+        pixels.append(found)
+        text = path.with_suffix(".txt")
+        captions.append(text.read_text(encoding="utf-8").strip() if text.is_file() else "")
+    return Drawn(torch.stack(pixels), captions)
+
+
+def identity(subject: Subject, order: Order, dtype: torch.dtype) -> str:
+    """What decides which images come out, files by their sizes and times."""
+    student = student_folder(subject.where)
+    places = [Path(pipeline_path(subject.where))]
+    if student is not None:
+        facts = student_facts(student)
+        places = [student, *(Path(pipeline_path(name)) for name in (facts["pipeline"], *facts.get("base", [])[:1]))]
+    files = [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        for place in dict.fromkeys(places)
+        if place.is_dir()
+        for path in sorted(place.rglob("*"))
+        if path.suffix in (".safetensors", ".json")
+    ]
+    decides = [subject.where, subject.settings, asdict(order), str(dtype), files]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,164 @@
+"""The exported folder: stock diffusers draws the student's images from it, and nothing is there that does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, ZImagePipeline
+
+from tests.train import tiny_runs
+from tests.train.run_server import Server
+from twostep.cli import main
+from twostep.export import ExportFailed, export_folder, folder
+from twostep.export.folder import merged
+from twostep.zoo import load_student, load_text_to_image
+
+STOCK = {"z-image": ZImagePipeline, "klein": Flux2KleinPipeline}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tiny_runs.Place]:
+    return {family: tiny_runs.make_place(family, tmp_path_factory.mktemp(family)) for family in ("z-image", "klein")}
+
+
+@pytest.fixture(scope="module")
+def runs(
+    places: dict[str, tiny_runs.Place], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str, bool], Path]:
+    """Students by family, weights, and whether their steps have parameters of their own."""
+    server, made = Server(), {}
+    try:
+        for family, place in places.items():
+            for weights, per_step in (("full", True), ("full", False), ("lora", True), ("lora", False)):
+                out = tmp_path_factory.mktemp(f"{family}-{weights}-{per_step}")
+                recipe = tiny_runs.recipe(place, "dp_dmd", weights, out, iterations=2, ema=None)
+                recipe["roles"]["student"]["per_step"] = per_step
+                recipe["optimizers"]["generator"]["lr"] = 1e-2  # far from where it began
+                statuses, printed = server.run(recipe)
+                assert statuses == [0], printed
+                made[family, weights, per_step] = out
+    finally:
+        server.close()
+    return made
+
+
+@pytest.mark.parametrize("per_step", [True, False])
+@pytest.mark.parametrize("weights", ["full", "lora"])
+@pytest.mark.parametrize("family", ["z-image", "klein"])
+def test_stock_diffusers_draws_the_students_images(
+    family: str, weights: str, per_step: bool, runs: dict[tuple[str, str, bool], Path], tmp_path: Path
+) -> None:
+    run = runs[family, weights, per_step]
+    made = export_folder(run, tmp_path / "out", dtype=torch.float32)
+    assert made.error <= 1e-5 and made.rounding <= 1e-5
+    # Beside the check that the export made in a process of its own, the same here, in this test's words.
+    pipeline = DiffusionPipeline.from_pretrained(made.folder, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline, STOCK[family]) and (type(pipeline) is STOCK[family]) == (not per_step)
+    student = load_text_to_image(run, dtype=torch.float32)
+    size = student.size()
+    settings = {} if per_step else {"num_inference_steps": 2, "guidance_scale": 0.0 if family == "z-image" else 1.0}
+    found = pipeline(
+        prompt=["a red circle"], height=size[0], width=size[1], latents=student.noise([3]), output_type="pt", **settings
+    ).images
+    expected = (student.draw(["a red circle"], [3]) + 1) / 2
+    assert (found - expected).norm() / expected.norm() <= 1e-4
+    facts = json.loads((made.folder / "export.json").read_text())
+    assert (
+        facts["method"] == "dp_dmd" and facts["sigmas"] == list(student.model.sigmas) and facts["bytes"] == made.bytes
+    )
+
+
+def test_it_does_not_run_at_other_steps(runs: dict[tuple[str, str, bool], Path], tmp_path: Path) -> None:
+    for family in STOCK:
+        out = export_folder(runs[family, "full", True], tmp_path / family, dtype=torch.float32).folder
+        pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
+        for settings in ({"num_inference_steps": 8}, {"guidance_scale": 5.0}, {"sigmas": [1.0, 0.5]}):
+            with pytest.raises(ValueError, match="this model was made for"):
+                pipeline(prompt="a ring", **settings)
+        first = pipeline.transformer
+        with pytest.raises(ZeroDivisionError):  # whatever ends it, the first transformer is back in its place
+            pipeline(prompt="a ring", height=64, width=64, callback_on_step_end=lambda *_: 1 / 0)
+        assert pipeline.transformer is first
+
+
+def test_rounded_weights_are_reported_and_sharded(runs: dict[tuple[str, str, bool], Path], tmp_path: Path) -> None:
+    made = export_folder(runs["z-image", "full", True], tmp_path / "out", max_shard_size="50KB")
+    assert made.error <= 1e-5 < made.rounding < 0.2
+    files = list((made.folder / "transformer").glob("*.safetensors"))
+    assert len(files) > 1 and (made.folder / "transformer_2").is_dir()
+    again = DiffusionPipeline.from_pretrained(made.folder, trust_remote_code=True, torch_dtype=torch.bfloat16)
+    assert again.transformer.dtype == torch.bfloat16
+
+
+def test_links_point_to_the_pipelines_parts(
+    runs: dict[tuple[str, str, bool], Path], places: dict[str, tiny_runs.Place], tmp_path: Path
+) -> None:
+    made = export_folder(runs["z-image", "full", False], tmp_path / "out", link=True, dtype=torch.float32)
+    assert (made.folder / "vae").is_symlink() and (made.folder / "vae").resolve() == places["z-image"].model / "vae"
+
+
+def test_merged_adapters_are_the_students_networks(runs: dict[tuple[str, str, bool], Path]) -> None:
+    student = load_student(runs["z-image", "lora", True], dtype=torch.float32, fused=False)
+    first = student.networks[0]
+    plain = type(first.model).from_config(first.model.config)
+    plain.load_state_dict(merged(first))
+    from twostep.zoo.z_image.backbone import ZImageBackbone
+
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    context = load_text_to_image(runs["z-image", "lora", True], dtype=torch.float32).contexts(["a ring"])
+    with torch.no_grad():
+        expected, found = first.velocity(x, 0.7, context), ZImageBackbone(plain.eval()).velocity(x, 0.7, context)
+    assert (found - expected).norm() / expected.norm() <= 1e-5
+
+
+def test_a_folder_that_draws_something_else_is_not_left(
+    runs: dict[tuple[str, str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check sees a broken export: the two steps' networks exchanged, and a pipeline that does not run."""
+    run = runs["z-image", "full", True]
+    write = folder._write_index
+
+    def exchanged(model: object, index: object, pipeline: Path, new: Path, *rest: str) -> None:
+        write(model, index, pipeline, new, *rest)  # type: ignore[arg-type]
+        text = (new / "pipeline.py").read_text()
+        (new / "pipeline.py").write_text(text.replace("pipeline.transformer = pipeline.transformer_2", "pass"))
+
+    monkeypatch.setattr(folder, "_write_index", exchanged)
+    with pytest.raises(ExportFailed, match="off the student's"):
+        export_folder(run, tmp_path / "out")
+    monkeypatch.setattr(folder, "_write_index", lambda *_: None)
+    with pytest.raises(ExportFailed, match="stock diffusers could not run the folder"):
+        export_folder(run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command(
+    runs: dict[tuple[str, str, bool], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = str(runs["z-image", "full", True]), str(tmp_path / "out")
+    assert main(["export", run, "--out", out]) == 0
+    assert "stock diffusers draws what the student draws" in capsys.readouterr().out
+    assert main(["export", run, "--out", out]) == 2
+    assert "is there already; give another folder, or --overwrite" in capsys.readouterr().err
+    assert main(["export", run, "--out", out, "--overwrite", "--dtype", "float32"]) == 0
+    assert main(["export", str(tmp_path), "--out", out]) == 2
+    assert "has no student.json" in capsys.readouterr().err
+
+
+def test_sigmas_that_no_shift_gives_are_refused() -> None:
+    assert folder._shift_of((1.0, 0.75, 0.0)) == pytest.approx(3.0)
+    assert folder._shift_of((1.0, 0.9, 0.75, 0.5, 0.0)) == pytest.approx(3.0)
+    with pytest.raises(ValueError, match="which no shift of the stock pipeline's grid gives"):
+        folder._shift_of((1.0, 0.9, 0.1, 0.0))
+
+
+def test_the_pipelines_need_diffusers_alone() -> None:
+    for file in folder.PIPELINES.glob("*.py"):
+        code = f"import runpy, sys; runpy.run_path({str(file)!r}); assert 'twostep' not in sys.modules"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,164 @@
+"""Reproductions: every arm is a valid recipe, verdicts are what the numbers say, short versions run to their table."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.train import tiny_pipelines
+from twostep.cli import main
+from twostep.reproduce import command, concept
+from twostep.reproduce.experiments import EXPERIMENTS, TURBO_PP, Claim, Experiment
+from twostep.reproduce.table import BETTER, Spread, judge, markdown
+from twostep.train.command import read_recipe
+from twostep.zoo.miniature import samples
+
+NAMES = sorted(EXPERIMENTS)
+SHORT = ["batch=2", "compute.threads=1", "compute.device=cpu", "watch.samples_every=null", "watch.tensorboard=false"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_pipelines.z_image(tmp_path_factory.mktemp("model"))
+    shutil.copytree(folder / "transformer", folder / "base")
+    return folder
+
+
+# What is run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arms_are_valid_recipes_and_claims_are_of_arms(name: str) -> None:
+    experiment = EXPERIMENTS[name]
+    arms = {arm.name: arm for arm in experiment.arms}
+    assert len(arms) == len(experiment.arms)
+    assert len({command._folder(_args(Path("x")), arm, 0) for arm in experiment.arms}) == len(arms)
+    for arm in experiment.arms:
+        assert len(arm.paper) in (0, len(experiment.columns)), arm.name
+        if arm.recipe is not None:
+            recipe = read_recipe(arm.recipe, list(arm.settings))
+            assert recipe.model == "miniature" and recipe.compute.dtype == "float32"
+    for claim in experiment.claims:
+        assert {claim.better, claim.worse} <= arms.keys() and claim.metric in experiment.metrics
+
+
+def _args(out: Path) -> Any:
+    import argparse
+
+    return argparse.Namespace(out=out)
+
+
+def test_the_ablation_changes_one_thing_at_a_time() -> None:
+    """From the baseline to the full method: real images, weights, gradient."""
+    by_name = {arm.name: read_recipe(arm.recipe, list(arm.settings)) for arm in TURBO_PP.arms if arm.recipe}
+    seen = [
+        (recipe.data.kind, recipe.roles.student.per_step, recipe.method.end_to_end)
+        for name, recipe in list(by_name.items())[:4]
+    ]
+    assert seen == [
+        ("shapes", False, False),
+        ("prompts", False, False),
+        ("prompts", True, False),
+        ("prompts", True, True),
+    ]
+    assert by_name["full, per-step LoRA"].roles.student.weights == "lora"
+    assert not by_name["full, no step-1 loss"].method.step_one_loss
+
+
+# The concept
+
+
+def test_the_concept_is_new_and_found_by_its_pixels() -> None:
+    assert concept.nearest() > concept.NEAR + 0.1
+    assert not concept.shows(samples(1, 0, 256).images).any()
+    drawn = concept.images(5, 128)
+    assert concept.shows(drawn).all()  # small ones too
+    assert not concept.shows(drawn.mean((2, 3), keepdim=True).expand_as(drawn)).any()
+    said = concept.captions(5, 128)
+    assert all(" cyan " in f" {caption} " and "pink" not in caption for caption in said)
+    assert len(set(said)) > 60
+
+
+def test_concept_images_stand_beside_their_captions(tmp_path: Path) -> None:
+    concept.write_folder(tmp_path / "concept", 5, 3)
+    assert sorted(path.name for path in (tmp_path / "concept").iterdir()) == [
+        f"{number:04}.{ending}" for number in range(3) for ending in ("png", "txt")
+    ]
+    assert (tmp_path / "concept" / "0001.txt").read_text() == concept.captions(5, 3)[1]
+
+
+# The table
+
+
+def test_intervals_are_students() -> None:
+    """The oracle: scipy's table, for three numbers 4.3027 s / sqrt 3."""
+    spread = Spread.of([1.0, 2.0, 4.0])
+    deviation = torch.tensor([1.0, 2.0, 4.0]).std().item()
+    assert spread.mean == pytest.approx(7 / 3) and spread.half == pytest.approx(
+        4.3027 * deviation / math.sqrt(3), rel=1e-3
+    )
+    assert math.isnan(Spread.of([2.0]).half) and str(Spread.of([2.0])) == "2"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "metric", "verdict"),
+    [
+        ([1.0, 1.1, 1.2], [2.0, 2.1, 2.2], "frechet", "holds"),
+        ([1.0, 1.1, 1.2], [2.0, 2.1, 2.2], "aligned", "is reversed"),
+        ([1.0, 2.0, 3.0], [2.0, 1.0, 3.5], "aligned", "cannot be told"),
+        ([1.0, 1.1, 1.2], [0.5], "aligned", "holds"),  # the other is not trained
+        ([1.0], [0.5], "aligned", "cannot be told"),  # nothing tells how far seeds are apart
+    ],
+)
+def test_verdicts(one: Sequence[float], other: Sequence[float], metric: str, verdict: str) -> None:
+    values = {"a": {metric: one}, "b": {metric: other}}
+    assert judge(Claim("a", "b", metric), values)[0] == verdict
+
+
+def test_the_table_has_both_halves() -> None:
+    values = {
+        arm.name: {m: [float(n), n + 0.5] for m in TURBO_PP.metrics} for n, arm in enumerate(TURBO_PP.arms, start=1)
+    }
+    text = markdown(TURBO_PP, values, 2)
+    assert "| teacher at 2 | 1.25 ± 3.2 |" in text and "| 50.94 | 76.53 |" in text
+    assert text.count("\n| full: end to end is better than") == 6
+    assert set(BETTER) >= set(TURBO_PP.metrics)
+
+
+# Short versions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_runs(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "PROMPTS", (command.PROMPTS[0], 8))
+    monkeypatch.setattr(command, "CONCEPT", (command.CONCEPT[0], 4, 8))
+    words = ["reproduce", name, "--model", str(model), "--out", str(tmp_path), "--seeds", "1", "--iterations", "1"]
+    assert main([*words, "--images", "8", *SHORT]) == 0
+    printed = capsys.readouterr().out
+    experiment: Experiment = EXPERIMENTS[name]
+    assert (tmp_path / "table.md").read_text() in printed
+    facts = json.loads((tmp_path / "results.json").read_text())
+    assert facts["values"].keys() == {arm.name for arm in experiment.arms}
+    for metrics in facts["values"].values():
+        assert set(experiment.metrics) <= metrics.keys()
+        assert all(len(numbers) == 1 and math.isfinite(numbers[0]) for numbers in metrics.values())
+    assert (tmp_path / "report" / "report.html").is_file()
+    trained = [arm for arm in experiment.arms if arm.recipe]
+    assert len(list(tmp_path.glob("*/seed-0/student/student.json"))) == len(trained)
+
+
+def test_mistakes_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "d-opsd", "--out", str(tmp_path), "--seeds", "0"]) == 2
+    assert "--seeds is 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["reproduce", "other"])

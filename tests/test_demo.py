@@ -1,0 +1,74 @@
+"""`twostep demo`, on a tiny pipeline with a tiny base: every stage is the real one, and what was done is kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.train import tiny_pipelines
+from twostep import demo
+from twostep.cli import main
+from twostep.evaluate import Interval
+from twostep.evaluate.study import Measured
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tiny_pipelines.z_image(tmp_path / "model")
+    shutil.copytree(folder / "transformer", folder / "base")
+    return folder
+
+
+def test_it_distils_compares_and_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "PROMPTS", (demo.PROMPTS[0], 8))
+    monkeypatch.setattr(demo, "VARIETY", (2, 2))
+    out = tmp_path / "out"
+    command = ["demo", "--out", str(out), "--model", str(model), "--images", "8", "iterations=2", "batch=2"]
+    command += ["compute.threads=1", "compute.device=cpu", "watch.samples_every=null"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "student at 2" in printed and "stock diffusers draws the same images" in printed
+    facts = json.loads((out / "report" / "report.json").read_text())
+    names = ["real images", "base at 28, guidance 4", "teacher at 8", "teacher at 2", "student at 2"]
+    assert [row["name"] for row in facts["measured"]] == names
+    assert [row["evaluations"] for row in facts["measured"]] == [None, 56, 8, 2, 2]
+    assert len(facts["verdicts"]) == 6
+    assert (out / "student" / "pipeline.py").is_file() and (out / "student" / "transformer_2").is_dir()
+    assert "Training of student at 2" in (out / "report" / "report.html").read_text()
+
+    assert "iterations=1000     a longer training goes on from here" in printed
+
+    assert main(command) == 0  # all of it is there, and nothing is drawn or trained again
+    assert json.loads((out / "report" / "report.json").read_text())["measured"] == facts["measured"]
+    longer = [word.replace("iterations=2", "iterations=3") for word in command]
+    assert main(longer) == 0 and "Training of student at 2" in (out / "report" / "report.html").read_text()
+    assert json.loads((out / "student" / "export.json").read_text())["iteration"] == 3
+
+
+def rows(student: dict[str, float], seconds: float) -> dict[str, Measured]:
+    def row(name: str, values: dict[str, float], seconds: float) -> Measured:
+        metrics = {metric: Interval(value, value, value, 0.95) for metric, value in values.items()}
+        return Measured(name, metrics, 8, 2, 2, seconds, seconds)
+
+    eight = {"frechet": 10, "aligned": 0.9, "precision": 0.9, "diversity": 0.2, "coverage": 0.8}
+    two = {"frechet": 110, "aligned": 0.3, "precision": 0.4, "diversity": 0.1, "coverage": 0.3}
+    made = [row("teacher at 8", eight, 0.8), row("teacher at 2", two, 0.2), row("student at 2", student, seconds)]
+    return {one.name: one for one in made}
+
+
+def test_the_bars_are_what_they_say() -> None:
+    good = {"frechet": 30, "aligned": 0.81, "precision": 0.4, "diversity": 0.17, "coverage": 0.68}
+    assert [verdict.met for verdict in demo.verdicts(rows(good, 0.2))] == [True] * 6
+    assert [verdict.found for verdict in demo.verdicts(rows(good, 0.2))] == ["80%", "90%", "100%", "85%", "85%", "4.0"]
+    bad = {"frechet": 31, "aligned": 0.80, "precision": 0.39, "diversity": 0.16, "coverage": 0.67}
+    assert [verdict.met for verdict in demo.verdicts(rows(bad, 0.24))] == [False] * 6
+
+
+def test_a_model_without_weights_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--out", str(tmp_path / "out"), "--model", str(tmp_path / "none")]) == 2
+    assert "none" in capsys.readouterr().err
