@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..zoo import TextToImage
     from .report import Report
     from .study import Judge
     from .subjects import Drawn, Order, Subject
@@ -48,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("bfloat16", "float32"), help="of the networks (default: bfloat16 on a GPU, float32 without)"
     )
     add("--device", help="default: a GPU if there is one")
+    add(
+        "--apart",
+        action="store_true",
+        help="load one model after the other: less memory, but a drift of the machine goes into the ratios of speeds",
+    )
     add("--title", default="twostep evaluate")
 
 
@@ -84,6 +90,7 @@ class Settings:
     stream: int = STREAM
     dtype: str | None = None
     device: str | None = None
+    apart: bool = False
     title: str = "twostep evaluate"
 
     @classmethod
@@ -110,11 +117,15 @@ class Settings:
 
 
 def study(subjects: list[Subject], settings: Settings, **facts: Any) -> Report:
-    """Draws, measures and puts together; nothing is written but what was drawn."""
+    """Draws, measures and puts together; nothing is written but what was drawn.
+
+    Speeds are never kept: they are measured anew, of all models in turns where those may be loaded together.
+    """
     import torch
 
     from ..progress import counter
     from .report import Picture, Report
+    from .speed import speeds
     from .study import measure, variety_order
     from .subjects import Order
 
@@ -123,13 +134,20 @@ def study(subjects: list[Subject], settings: Settings, **facts: Any) -> Report:
     captions = _captions(settings)
     order = Order(tuple(captions), tuple(range(len(captions))), settings.size, settings.batch)
     varied = variety_order(order, settings.captions, settings.seeds)
+    kept = settings.out / "drawn"
+    drawn, timed = {}, {}
     with counter("images", len(subjects) * (len(order) + len(varied))) as advance:
-        drawn = {s.name: _drawn(s, order, varied, dtype, device, settings.out / "drawn", advance) for s in subjects}
+        for together in [[subject] for subject in subjects] if settings.apart else [subjects]:
+            models = {s.name: s.load(dtype=dtype, device=device) for s in together if not s.images}
+            drawn |= {s.name: _drawn(s, models, order, varied, dtype, kept, advance) for s in together}
+            timed |= speeds(models, order)
+            del models
     judge, real = _judge(settings, device)
     rows = [] if real is None else [measure("real images", real, None, judge)]
     for subject in subjects:
         quality, variety = drawn[subject.name]
-        rows.append(measure(subject.name, quality, variety, judge, where=subject.where, **subject.settings))
+        facts_of = {"where": subject.where, **subject.settings}
+        rows.append(measure(subject.name, quality, variety, judge, speed=timed.get(subject.name), **facts_of))
     same = {name: one.pixels(slice(0, SHOWN)) for name, (one, _) in drawn.items() if one.captions == captions}
     many = {name: two.pixels(slice(0, SHOWN)) for name, (_, two) in drawn.items() if two is not None}
     pictures = []
@@ -209,7 +227,13 @@ def _named(scores: Mapping[str, Callable[..., Any]]) -> Callable[..., dict[str, 
 
 
 def _drawn(
-    subject: Subject, order: Order, varied: Order, dtype: Any, device: str, kept: Path, advance: Callable[[int], object]
+    subject: Subject,
+    models: Mapping[str, TextToImage],
+    order: Order,
+    varied: Order,
+    dtype: Any,
+    kept: Path,
+    advance: Callable[[int], object],
 ) -> tuple[Drawn, Drawn | None]:
     from .subjects import draw_once, read_images
 
@@ -218,7 +242,8 @@ def _drawn(
         if len(paths) < len(order):
             raise ValueError(f"{subject.where} has {len(paths)} images, and --images is {len(order)}")
         return read_images(paths[: len(order)]), None
-    quality, variety = draw_once(subject, (order, varied), kept, dtype=dtype, device=device, advance=advance)
+    model = models[subject.name]
+    quality, variety = draw_once(subject, lambda: model, (order, varied), kept, dtype=dtype, advance=advance)
     return quality, variety
 
 

@@ -22,6 +22,7 @@ from .features import FeatureNetwork
 from .frechet import Gaussian, frechet_distance
 from .intervals import Interval, bootstrap
 from .neighbours import balls_around
+from .speed import Speed
 from .subjects import Drawn, Order
 
 RESAMPLES = 200
@@ -76,10 +77,19 @@ def variety_order(order: Order, captions: int, seeds: int) -> Order:
     return Order(tuple(c for c in chosen for _ in range(seeds)), tuple(numbers), order.size, order.batch)
 
 
-def measure(name: str, drawn: Drawn, varied: Drawn | None, judge: Judge, seed: int = 0, **facts: Any) -> Measured:
+def measure(
+    name: str,
+    drawn: Drawn,
+    varied: Drawn | None,
+    judge: Judge,
+    *,
+    speed: Speed | None = None,
+    seed: int = 0,
+    **facts: Any,
+) -> Measured:
     """
     Args:
-        drawn: what quality and speed are measured on.
+        drawn: what quality is measured on.
         varied: captions that come several times; None: no diversity.
         seed: of the intervals.
     """
@@ -94,9 +104,8 @@ def measure(name: str, drawn: Drawn, varied: Drawn | None, judge: Judge, seed: i
     if varied is not None:
         metrics |= _variety(varied, judge.variety, generator)
     ordered = {what: metrics[what] for what in METRICS if what in metrics}
-    return Measured(
-        name, ordered, count, drawn.steps, drawn.evaluations, drawn.seconds, drawn.network_seconds, dict(facts)
-    )
+    seconds, network_seconds = (None, None) if speed is None else (speed.seconds, speed.network_seconds)
+    return Measured(name, ordered, count, drawn.steps, drawn.evaluations, seconds, network_seconds, dict(facts))
 
 
 def features_of(drawn: Drawn, network: FeatureNetwork) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,6 +91,9 @@ class Order:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def batches(self) -> list[slice]:
+        return [slice(at, min(at + self.batch, len(self))) for at in range(0, len(self), self.batch)]
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -99,8 +101,6 @@ class Drawn:
     captions: list[str]
     steps: int | None = None
     evaluations: int | None = None  # of the network, for an image
-    seconds: float | None = None  # for an image, from caption to pixels
-    network_seconds: float | None = None  # for an image, of the transformer alone
 
     def pixels(self, rows: slice = slice(None)) -> Tensor:
         """Float32 in [-1, 1]."""
@@ -108,54 +108,34 @@ class Drawn:
 
 
 def draw(model: TextToImage, order: Order, advance: Callable[[int], object] = lambda count: None) -> Drawn:
-    """Draws the order. The first batch is drawn once more ahead of the clock, which must not see what is made once.
+    """Draws the order.
 
     Args:
         advance: is called with the number of images that have been drawn since.
     """
     made: list[Tensor] = []
-    network = start = 0.0
-    batches = [slice(at, min(at + order.batch, len(order))) for at in range(0, len(order), order.batch)]
-    for number, rows in enumerate([batches[0], *batches]):
-        if number == 1:
-            made, network, start = [], 0.0, _now(model)
-        context = model.contexts(order.captions[rows])
-        noise = model.noise(order.seeds[rows], order.size)
-        begun = _now(model)
-        latents = model.latents(noise, context)
-        network += _now(model) - begun
-        made.append(to_bytes(model.images(latents)).cpu())
-        if number:
-            advance(rows.stop - rows.start)
-    count = len(order)
-    return Drawn(
-        torch.cat(made),
-        list(order.captions),
-        model.steps,
-        model.evaluations,
-        (_now(model) - start) / count,
-        network / count,
-    )
+    for rows in order.batches():
+        made.append(to_bytes(model.draw(order.captions[rows], order.seeds[rows], order.size)).cpu())
+        advance(rows.stop - rows.start)
+    return Drawn(torch.cat(made), list(order.captions), model.steps, model.evaluations)
 
 
 def draw_once(
     subject: Subject,
+    load: Callable[[], TextToImage],
     orders: Sequence[Order],
     kept: Path,
     *,
     dtype: torch.dtype,
-    device: torch.device | str,
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[Drawn]:
     """Each order drawn, or read from the folder `kept` where it was drawn before; the model is loaded if it must be."""
-    model: TextToImage | None = None
     found = []
     for order in orders:
         path = kept / f"{identity(subject, order, dtype)}.safetensors"
         drawn = _read(path)
         if drawn is None:
-            model = model or subject.load(dtype=dtype, device=device)
-            drawn = draw(model, order, advance)
+            drawn = draw(load(), order, advance)
             _write(path, drawn, subject.name)
         else:
             advance(len(order))
@@ -180,12 +160,6 @@ def _write(path: Path, drawn: Drawn, of: str) -> None:
 
 def to_bytes(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def _now(model: TextToImage) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
 
 
 def read_images(paths: Sequence[Path], size: tuple[int, int] | None = None) -> Drawn:

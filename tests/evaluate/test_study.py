@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,18 @@ from PIL import Image
 
 from tests.train import tiny_pipelines
 from twostep.cli import main
-from twostep.evaluate import MiniatureFeatures, frechet_distance, neighbour_metrics, prompt_diversity, vendi_score
+from twostep.evaluate import (
+    MiniatureFeatures,
+    frechet_distance,
+    neighbour_metrics,
+    prompt_diversity,
+    speed,
+    vendi_score,
+)
 from twostep.evaluate.command import Settings, study
 from twostep.evaluate.study import Judge, measure, variety_order
 from twostep.evaluate.subjects import Drawn, Order, Subject, draw, identity, read_images, to_bytes
-from twostep.zoo import load_text_to_image
+from twostep.zoo import TextToImage, load_text_to_image
 from twostep.zoo.miniature import claims_of, detector, samples
 
 SMALL = {"images": 12, "captions": 3, "seeds": 2, "batch": 5}
@@ -59,7 +67,7 @@ def test_subjects_are_read() -> None:
             Subject.parse(text)
 
 
-def test_what_is_drawn_is_the_models_and_timed(pipeline: Path) -> None:
+def test_what_is_drawn_is_the_models(pipeline: Path) -> None:
     model = load_text_to_image(pipeline, steps=2, dtype=torch.float32)
     order = Order(("a ring", "a star", "two shapes"), (4, 5, 6), batch=2)
     seen: list[int] = []
@@ -68,8 +76,27 @@ def test_what_is_drawn_is_the_models_and_timed(pipeline: Path) -> None:
     expected = to_bytes(model.draw(order.captions, order.seeds))
     assert (drawn.images.int() - expected.int()).abs().max() <= 1
     assert (drawn.steps, drawn.evaluations) == (2, 2)
-    assert drawn.seconds is not None and drawn.network_seconds is not None
-    assert 0 < drawn.network_seconds < drawn.seconds
+
+
+def test_models_are_timed_in_turns(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that stops for a while, once, leaves the medians alone; more steps take longer."""
+    model = {steps: load_text_to_image(pipeline, steps=steps, dtype=torch.float32) for steps in (1, 8)}
+    order = Order(("a ring", "a star", "two shapes"), (4, 5, 6), batch=2)
+    turns: list[int] = []
+    inner = TextToImage.latents
+
+    def latents(self: TextToImage, *given: Any, **more: Any) -> torch.Tensor:
+        turns.append(self.steps)
+        return inner(self, *given, **more)
+
+    monkeypatch.setattr(TextToImage, "latents", latents)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: float(next(clock)) * (1 + 100 * (len(turns) == 3)))
+    found = speed.speeds({"one": model[1], "eight": model[8]}, order, rounds=3)
+    assert turns == [1, 8] * 4
+    # The clock ticks once a look: a batch of two, of three looks after the first.
+    assert found["one"] == speed.Speed(3 / 2, 1 / 2)
+    assert found["eight"] == speed.Speed(3 / 2, 1 / 2)
 
 
 def test_identity_follows_weights_settings_and_order(pipeline: Path, tmp_path: Path) -> None:
@@ -172,9 +199,11 @@ def test_the_command_compares_and_keeps_what_it_drew(
     kept = sorted((tmp_path / "out" / "drawn").iterdir())
     assert len(kept) == 4 and not [path for path in kept if path.suffix != ".safetensors"]
 
-    monkeypatch.setattr(Subject, "load", lambda *_, **__: pytest.fail("it draws again"))
-    assert main(command) == 0
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["measured"] == facts["measured"]
+    monkeypatch.setattr(TextToImage, "draw", lambda *_, **__: pytest.fail("it draws again"))
+    assert main([*command, "--apart"]) == 0
+    again = json.loads((tmp_path / "out" / "report.json").read_text())["measured"]
+    assert [row["metrics"] for row in again] == [row["metrics"] for row in facts["measured"]]
+    assert all(row["network_seconds"] > 0 for row in again[1:])  # measured, never kept
 
 
 def test_a_folder_of_images_is_a_subject(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ def _concept(subject: Any, kept: Path) -> float:
     order = Order(tuple(captions(stream + 1, count)), tuple(range(count)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    (drawn,) = draw_once(subject, (order,), kept, dtype=dtype, device=device)
+    load = partial(subject.load, dtype=dtype, device=device)
+    (drawn,) = draw_once(subject, load, (order,), kept, dtype=dtype)
     return float(shows(drawn.pixels()).double().mean())
 
 
