@@ -10,6 +10,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 EXTRAS := test,bench,train,dev
 PYTEST_ARGS ?=
+# Tests run in a process for each processor, and each on one thread: threads of several processes wait for one another.
+# A file's tests stay together, for what they set up together.  make JOBS=1 test  takes less memory.
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 # The parts of the package that exist; a new one asks for a new install, since the installer maps folders to names.
 PARTS := $(wildcard twostep/__init__.py zoo/__init__.py losses/__init__.py train/__init__.py evaluate/__init__.py export/__init__.py)
@@ -26,7 +30,7 @@ CUDA_ONLY := build/cuda-compile/site
 .DELETE_ON_ERROR:
 
 test: $(INSTALLED)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 demo: $(INSTALLED)
 	$(BIN)/twostep demo
@@ -85,7 +89,7 @@ sanitize: $(SANITIZED)
 	LD_PRELOAD="$(call runtime,libasan.so) $(call runtime,libubsan.so) $(call runtime,libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1 \
 	UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/pytest -p no:cacheprovider --capture=sys --expect-package-in $(CURDIR)/$(SANITIZED) -m 'not slow' tests/ops $(PYTEST_ARGS)
+	$(PYTEST) -p no:cacheprovider --capture=sys --expect-package-in $(CURDIR)/$(SANITIZED) -m 'not slow' tests/ops $(PYTEST_ARGS)
 
 $(CUDA_ONLY): $(INSTALLED) $(PURE)
 	TWOSTEP_FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0;12.0+PTX" \

@@ -34,9 +34,7 @@ def speeds(models: Mapping[str, TextToImage], order: Order, rounds: int = ROUNDS
     for _ in range(1 + rounds):
         for name, model in models.items():
             taken[name].append(_once(model, order))
-    return {
-        name: Speed(*(median(part) for part in zip(*turns[1:], strict=True))) for name, turns in taken.items()
-    }
+    return {name: Speed(*(median(part) for part in zip(*turns[1:], strict=True))) for name, turns in taken.items()}
 
 
 def _once(model: TextToImage, order: Order) -> tuple[float, float]:
