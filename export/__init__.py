@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
-from .folder import ExportFailed, export_folder
+from .folder import export_folder
+from .fresh_process import ExportFailed
+from .lora import export_lora
+from .original import from_original, to_original
+from .single_file import export_single_file
+from .source import Exported
 
-__all__ = ["ExportFailed", "export_folder"]
+__all__ = [
+    "ExportFailed",
+    "Exported",
+    "export_folder",
+    "export_lora",
+    "export_single_file",
+    "from_original",
+    "to_original",
+]

@@ -1,7 +1,8 @@
-"""`twostep export STUDENT --out FOLDER`: a diffusers folder, checked in a fresh process before it is there.
+"""`twostep export STUDENT --out FOLDER`: a student in another form, checked in a fresh process before it is there.
 
-twostep export runs/first --out student --dtype bfloat16
-DiffusionPipeline.from_pretrained("student", trust_remote_code=True)
+twostep export runs/first --out student                                          a folder of stock diffusers
+twostep export runs/first --out adapters --as lora --keys comfyui                LoRA files on the base
+twostep export runs/first --out files --as single-file                           files in the original's names
 """
 
 from __future__ import annotations
@@ -9,46 +10,77 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .source import Exported
 
 FAULT, FAILED = 2, 1
+FORMS = ("diffusers", "lora", "single-file")
+# Options of one form alone, and what they are where they are not given.
+OF_ONE = {"link": ("diffusers", False), "max_shard_size": ("diffusers", None), "keys": ("lora", None)}
+OF_ONE["rank"] = ("lora", None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("student", type=Path, help="a run's folder, or the student/ in it")
     add("--out", type=Path, required=True, help="the folder to make")
+    add("--as", dest="form", choices=FORMS, default="diffusers", help="(default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the weights (%(default)s)")
-    add("--link", action="store_true", help="link to the pipeline's other parts instead of copying them")
-    add("--base", help="of adapters: where the base lies now, if not where the run found it")
-    add("--max-shard-size", default="5GB", help="of a file of weights (default: %(default)s)")
+    add("--base", help="where the base lies now, if not where the run found it; for --as lora of whole weights, what "
+        "they are compared with")  # fmt: skip
     add("--overwrite", action="store_true", help="replace what is there, once the new folder is checked")
+    add("--link", action="store_true", help="diffusers: link to the pipeline's other parts instead of copying them")
+    add("--max-shard-size", help="diffusers: of a file of weights (default: 5GB)")
+    add("--keys", choices=("diffusers", "comfyui"), help="lora: whose names (default: diffusers)")
+    add("--rank", type=int, help="lora: of the product that is taken from whole weights")
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
     from transformers.utils import logging
 
-    from .folder import ExportFailed, export_folder
+    from .fresh_process import ExportFailed
 
     logging.disable_progress_bar()
     try:
-        made = export_folder(
-            args.student,
-            args.out,
-            dtype=getattr(torch, args.dtype),
-            link=args.link,
-            max_shard_size=args.max_shard_size,
-            overwrite=args.overwrite,
-            base=args.base,
-        )
+        made = _export(args)
     except ValueError as error:
         print(f"twostep export: {error}", file=sys.stderr)
         return FAULT
     except (ExportFailed, OSError) as error:
         print(f"twostep export: {error}", file=sys.stderr)
         return FAILED
-    print(
-        f"{made.folder}: {made.bytes / 2**20:.1f} MiB; stock diffusers draws what the student draws, to a relative "
-        f"{made.error:.1e}; writing {args.dtype} has changed its images by {made.rounding:.1e}"
-    )
+    print(f"{made.folder}: {made.bytes / 2**20:.1f} MiB; {_said(args, made)}")
     return 0
+
+
+def _export(args: argparse.Namespace) -> Exported:
+    import torch
+
+    from . import export_folder, export_lora, export_single_file
+
+    for name, (form, absent) in OF_ONE.items():
+        if getattr(args, name) != absent and args.form != form:
+            raise ValueError(f"--{name.replace('_', '-')} is for --as {form}, and this is --as {args.form}")
+    alike: dict[str, Any] = {
+        "dtype": getattr(torch, args.dtype),
+        "overwrite": args.overwrite,
+        "base": args.base,
+    }
+    if args.form == "lora":
+        return export_lora(args.student, args.out, keys=args.keys or "diffusers", rank=args.rank, **alike)
+    if args.form == "single-file":
+        return export_single_file(args.student, args.out, **alike)
+    size = args.max_shard_size or "5GB"
+    return export_folder(args.student, args.out, link=args.link, max_shard_size=size, **alike)
+
+
+def _said(args: argparse.Namespace, made: Exported) -> str:
+    if args.form == "single-file":
+        return f"diffusers reads the same bits; writing {args.dtype} has changed weights by {made.rounding:.1e}"
+    changed = f"{args.dtype} of rank {args.rank}" if args.rank else args.dtype
+    return (
+        f"stock diffusers draws what was written, to a relative {made.error:.1e}; writing {changed} has changed the "
+        f"student's images by {made.rounding:.1e}"
+    )

@@ -1,0 +1,216 @@
+"""A student as LoRA files on its base, by the names that diffusers or ComfyUI look for.
+
+    pytorch_lora_weights.safetensors      one adapter for all steps
+    step_1.safetensors step_2.safetensors steps with parameters of their own
+    export.json                           rank, base, and what was lost
+
+Adapters leave as they were trained. Of whole weights the difference to the base is taken apart by singular values: of
+each layer that adapters stand on (TARGETS) the best product of that rank; what is in other parameters stays behind, and
+how much both leave behind is said. Scales are multiplied into the factors, so that no file needs an alpha.
+
+    diffusers   transformer.layers.0.attention.to_q.lora_A.weight        pipeline.load_lora_weights(file)
+    comfyui     diffusion_model.layers.0.attention.to_q.lora_A.weight    Z-Image
+                diffusion_model.double_blocks.0.img_attn.qkv.lora_A...   FLUX.2: the original's names, q, k and v joined
+
+diffusers reads both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..zoo import Backbone, Student, load_backbone
+from ..zoo.adapters import TARGETS
+from . import fresh_process
+from .fresh_process import hold, relative
+from .merging import Product, added, plain, products
+from .new_folder import bytes_in, check_space, new_folder, target_of
+from .original import joined_factors, place
+from .probes import FLOAT32, PROMPTS, Probes
+from .source import Exported, Source, write_report
+
+KEYS = ("diffusers", "comfyui")
+SEARCHED = 16  # directions beyond the rank that the search for singular vectors starts with
+_PROBE = """
+import diffusers
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+base = getattr(diffusers, facts["class"]).from_pretrained(
+    facts["base"], subfolder=facts["subfolder"], torch_dtype=torch.float32)
+pipeline = DiffusionPipeline.from_pretrained(facts["pipeline"], transformer=base, torch_dtype=torch.float32)
+pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+pipeline.set_progress_bar_config(disable=True)
+for number, file in enumerate(facts["files"]):
+    pipeline.load_lora_weights(file, adapter_name=f"file_{number}")
+
+def use(step):
+    if step < len(facts["order"]):
+        pipeline.set_adapters(f"file_{facts['order'][step]}")
+
+def next_step(pipeline, step, timestep, tensors):
+    use(step + 1)
+    return tensors
+
+images = []
+for prompt, noise in zip(facts["prompts"], tensors["noise"], strict=True):
+    use(0)
+    result = pipeline(prompt=[prompt], latents=noise[None].clone(), output_type="pt", sigmas=facts["sigmas"],
+                      callback_on_step_end=next_step, **facts["settings"])
+    images.append(result.images.float())
+made["images"] = torch.cat(images)
+"""
+
+
+def export_lora(
+    student: str | Path,
+    out: str | Path,
+    *,
+    keys: str = "diffusers",
+    rank: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    overwrite: bool = False,
+    base: str | Path | None = None,
+) -> Exported:
+    """Writes the folder, or raises and leaves nothing.
+
+    Args:
+        keys: whose names, "diffusers" or "comfyui".
+        rank: of the products that whole weights are taken apart into; adapters have a rank, and take none.
+        base: where the base lies now: of adapters, or what whole weights are compared with (the student's pipeline).
+    """
+    if keys not in KEYS:
+        raise ValueError(f"export: keys are {keys!r}, expected one of {', '.join(KEYS)}")
+    target = target_of(out, overwrite)
+    source = Source.read(student, base)
+    if source.adapters and rank is not None:
+        raise ValueError(f"export: --rank is {rank}, and the student's adapters have one: {source.facts['rank']}")
+    if not source.adapters and rank is None:
+        raise ValueError("export: the student has whole weights; say the rank of the product to take from them: --rank")
+    if rank is not None and rank < 1:
+        raise ValueError(f"export: --rank is {rank}, expected at least 1")
+    where, subfolder = source.base_transformer()
+    standing = load_backbone(where, dtype=torch.float32, fused=False, subfolder=subfolder)
+    state = plain(standing)
+    factors, left = [], []
+    for network in source.networks:
+        if rank is None:
+            factors.append(products(network))
+        else:
+            found, behind = taken_apart(plain(network), state, source.family, rank)
+            factors.append(found)
+            left.append(behind)
+    rounded = [{name: Product(*(part.to(dtype) for part in one)) for name, one in step.items()} for step in factors]
+    check_space(target.parent, sum(p.nbytes for step in rounded for one in step.values() for p in one))
+    with new_folder(target) as new:
+        files = [f"step_{number}.safetensors" for number in range(1, len(rounded) + 1)]
+        files = files if source.per_step else ["pytorch_lora_weights.safetensors"]
+        for file, step in zip(files, rounded, strict=True):
+            metadata = {"format": "pt", "base": source.facts["pipeline"], "sigmas": json.dumps(source.model.sigmas)}
+            save_file(named(step, source.family, keys), new / file, metadata=metadata)
+        error, lost = _verify(source, [new / file for file in files], (where, subfolder), standing, rounded)
+        size = bytes_in(new)
+        facts = source.report(
+            base=[source.facts["pipeline"] if source.base is None else str(where), subfolder],
+            keys=keys,
+            rank=rank or source.facts["rank"],
+            dtype=str(dtype).removeprefix("torch."),
+            bytes=size,
+            error={
+                "of images, against the written factors": error,
+                "of images, against the student": lost,
+                **({"share of the weights' change that is left behind, by step": left} if left else {}),
+            },
+        )
+        write_report(new, facts)
+    return Exported(target, size, error, lost)
+
+
+def taken_apart(
+    weights: Mapping[str, Tensor], base: Mapping[str, Tensor], family: str, rank: int
+) -> tuple[dict[str, Product], float]:
+    """Products of this rank whose sum with the base is nearest the weights, and the part of their difference's norm
+    that is not in them."""
+    found: dict[str, Product] = {}
+    whole = behind = 0.0
+    for name, tensor in weights.items():
+        change = (tensor - base[name]).float()
+        whole += float(change.square().sum())
+        module = name.removesuffix(".weight")
+        if module != name and change.dim() == 2 and re.fullmatch(TARGETS[family], module):
+            found[module] = _nearest(change, rank)
+            change = change - found[module]()
+        behind += float(change.square().sum())
+    if whole == 0:
+        raise ValueError("export: the student's weights are those of its base: there is nothing to take apart")
+    return found, (behind / whole) ** 0.5
+
+
+def _nearest(matrix: Tensor, rank: int) -> Product:
+    rank = min(rank, *matrix.shape)
+    with torch.random.fork_rng(devices=[]):  # the search starts in random directions, the same ones every time
+        torch.manual_seed(0)
+        up, values, down = torch.svd_lowrank(matrix, min(rank + SEARCHED, *matrix.shape), niter=8)
+    root = values[:rank].sqrt()
+    return Product((down[:, :rank] * root).T.contiguous(), (up[:, :rank] * root).contiguous())
+
+
+def named(factors: Mapping[str, Product], family: str, keys: str) -> dict[str, Tensor]:
+    """Tensors of a file."""
+    if keys == "diffusers" or family != "flux2":
+        prefix = "transformer" if keys == "diffusers" else "diffusion_model"
+        return {f"{prefix}.{module}.{name}": t for module, one in factors.items() for name, t in _two(one).items()}
+    whole: dict[str, list[Product | None]] = {}
+    for module, one in factors.items():
+        at = place(module, family)
+        whole.setdefault(at.module, [None] * at.parts)[at.part] = one
+    made: dict[str, Tensor] = {}
+    for module, parts in whole.items():
+        rows = next(len(part.up) for part in parts if part is not None)
+        one = Product(*joined_factors(parts, rows))
+        made |= {f"diffusion_model.{module}.{name}": tensor for name, tensor in _two(one).items()}
+    return made
+
+
+def _two(one: Product) -> dict[str, Tensor]:
+    return {"lora_A.weight": one.down.contiguous(), "lora_B.weight": one.up.contiguous()}
+
+
+def _verify(
+    source: Source,
+    files: list[Path],
+    base: tuple[Path, str],
+    standing: Backbone,
+    factors: list[dict[str, Product]],
+) -> tuple[float, float]:
+    """Images of stock diffusers with these files against those of the base with these products, and against the
+    student's."""
+    state, made = plain(standing), []
+    for step in factors:
+        model = type(standing.model).from_config(standing.model.config)
+        model.load_state_dict(added(state, step))
+        made.append(type(standing)(model.eval()))
+    order = [source.networks.index(network) for network in source.model.networks]
+    again = Student([made[number] for number in order], source.model.sigmas)
+    probes = Probes(source.pipeline, again)
+    true, exact = probes.images(again), probes.images(source.model)
+    facts = {
+        "pipeline": str(source.pipeline),
+        "base": str(base[0]),
+        "subfolder": base[1],
+        "class": type(standing.model).__name__,
+        "files": [str(file) for file in files],
+        "order": order,
+        "sigmas": list(source.model.sigmas[:-1]),
+        "prompts": PROMPTS,
+        "settings": probes.settings,
+    }
+    what = "stock diffusers could not run the base with these files"
+    found = fresh_process.run(_PROBE, facts, {"noise": probes.noise}, what=what)["images"]
+    likeliest = "a diffusers that reads LoRA files in another way than the tested one"
+    return hold(relative(found, true), FLOAT32, "stock diffusers draws images", likeliest), relative(true, exact)

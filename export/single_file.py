@@ -1,0 +1,86 @@
+"""A student's networks as single files in the original's names, which ComfyUI and diffusers' from_single_file load.
+
+transformer.safetensors  transformer_2.safetensors   a file for each network
+export.json                                          where they come from, and their sigmas
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import fresh_process
+from .fresh_process import ExportFailed
+from .merging import merged
+from .new_folder import bytes_in, check_space, new_folder, target_of
+from .original import to_original
+from .source import Exported, Source, write_report
+
+_READ = """
+import hashlib
+import diffusers
+model = getattr(diffusers, facts["class"]).from_single_file(
+    facts["file"], config=facts["config"], torch_dtype=getattr(torch, facts["dtype"]))
+for name, tensor in model.state_dict().items():
+    digest = hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
+    made[name] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+"""
+
+
+def export_single_file(
+    student: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    overwrite: bool = False,
+    base: str | Path | None = None,
+) -> Exported:
+    """Writes the folder, or raises and leaves nothing."""
+    target = target_of(out, overwrite)
+    source = Source.read(student, base)
+    check_space(target.parent, source.parameters * dtype.itemsize)
+    with new_folder(target) as new:
+        changed, whole = 0.0, 0.0
+        for number, network in enumerate(source.networks, start=1):
+            exact = merged(network)
+            state = {name: tensor.to(dtype) for name, tensor in exact.items()}
+            name = "transformer" if number == 1 else f"transformer_{number}"
+            written = {key: tensor.contiguous() for key, tensor in to_original(state, source.family).items()}
+            metadata = {"format": "pt", "step": str(number), "sigmas": json.dumps(source.model.sigmas)}
+            save_file(written, new / f"{name}.safetensors", metadata=metadata)
+            _verify(new / f"{name}.safetensors", state, type(network.model).__name__, dict(network.model.config))
+            changed += sum(float((state[key].float() - tensor).square().sum()) for key, tensor in exact.items())
+            whole += sum(float(tensor.square().sum()) for tensor in exact.values())
+        rounding, size = (changed / whole) ** 0.5, bytes_in(new)
+        kind = str(dtype).removeprefix("torch.")
+        write_report(new, source.report(dtype=kind, bytes=size, error={"of rounding the weights": rounding}))
+    return Exported(target, size, 0.0, rounding)
+
+
+def _verify(file: Path, state: dict[str, Tensor], model: str, config: dict[str, object]) -> None:
+    """diffusers makes of the file what was to be written, bit for bit."""
+    folder = file.parent / ".config"
+    folder.mkdir()
+    kept = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
+    (folder / "config.json").write_text(json.dumps({"_class_name": model, **kept}), encoding="utf-8")
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    facts = {"file": str(file), "config": str(folder), "class": model, "dtype": dtype}
+    found = fresh_process.run(_READ, facts, {"nothing": torch.zeros(1)}, what="diffusers could not read the file")
+    (folder / "config.json").unlink()
+    folder.rmdir()
+    differ = sorted(found.keys() ^ state.keys())
+    differ += [name for name in found.keys() & state.keys() if bytes(found[name].tolist()) != _digest(state[name])]
+    if differ:
+        raise ExportFailed(
+            f"export: diffusers reads {len(differ)} tensors of {file.name} as others than were written, such as "
+            f"{differ[0]}; nothing was left"
+        )
+
+
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
