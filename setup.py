@@ -38,7 +38,7 @@ setup(
         "twostep": ["py.typed"],
         "twostep.train": ["recipes/*.yaml"],
         "twostep.evaluate": ["pages/*.html"],
-        "twostep.export": ["pipelines/*.py"],
+        "twostep.export": ["pipelines/*.py", "programs/*.py"],
         "twostep.zoo.miniature": ["weights/**"],
     },
     include_package_data=False,

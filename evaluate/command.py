@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..zoo import TextToImage
     from .report import Report
+    from .speed import Speed
     from .study import Judge
     from .subjects import Drawn, Order, Subject
 
@@ -135,7 +136,8 @@ def study(subjects: list[Subject], settings: Settings, **facts: Any) -> Report:
     order = Order(tuple(captions), tuple(range(len(captions))), settings.size, settings.batch)
     varied = variety_order(order, settings.captions, settings.seeds)
     kept = settings.out / "drawn"
-    drawn, timed = {}, {}
+    drawn: dict[str, tuple[Drawn, Drawn | None]] = {}
+    timed: dict[str, Speed] = {}
     with counter("images", len(subjects) * (len(order) + len(varied))) as advance:
         for together in [[subject] for subject in subjects] if settings.apart else [subjects]:
             models = {s.name: s.load(dtype=dtype, device=device) for s in together if not s.images}

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from .source import Exported
 
 FAULT, FAILED = 2, 1
-FORMS = ("diffusers", "lora", "single-file")
+FORMS = ("diffusers", "lora", "single-file", "program", "onnx")
 # Options of one form alone, and what they are where they are not given.
 OF_ONE = {"link": ("diffusers", False), "max_shard_size": ("diffusers", None), "keys": ("lora", None)}
-OF_ONE["rank"] = ("lora", None)
+OF_ONE |= {"rank": ("lora", None), "device": ("program", None)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("student", type=Path, help="a run's folder, or the student/ in it")
     add("--out", type=Path, required=True, help="the folder to make")
     add("--as", dest="form", choices=FORMS, default="diffusers", help="(default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the weights (%(default)s)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: bfloat16; float32 for onnx, and for a program on a CPU)",
+    )
     add("--base", help="where the base lies now, if not where the run found it; for --as lora of whole weights, what "
         "they are compared with")  # fmt: skip
     add("--overwrite", action="store_true", help="replace what is there, once the new folder is checked")
     add("--link", action="store_true", help="diffusers: link to the pipeline's other parts instead of copying them")
     add("--max-shard-size", help="diffusers: of a file of weights (default: 5GB)")
     add("--keys", choices=("diffusers", "comfyui"), help="lora: whose names (default: diffusers)")
+    add("--device", choices=("cpu", "cuda"), help="program: what it is compiled for (default: a GPU if there is one)")
     add("--rank", type=int, help="lora: of the product that is taken from whole weights")
 
 
@@ -58,16 +63,20 @@ def run(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> Exported:
     import torch
 
-    from . import export_folder, export_lora, export_single_file
+    from . import export_folder, export_lora, export_onnx, export_program, export_single_file
 
     for name, (form, absent) in OF_ONE.items():
         if getattr(args, name) != absent and args.form != form:
             raise ValueError(f"--{name.replace('_', '-')} is for --as {form}, and this is --as {args.form}")
-    alike: dict[str, Any] = {
-        "dtype": getattr(torch, args.dtype),
-        "overwrite": args.overwrite,
-        "base": args.base,
-    }
+    alike: dict[str, Any] = {"overwrite": args.overwrite, "base": args.base}
+    if args.form == "onnx":
+        if args.dtype not in (None, "float32"):
+            raise ValueError(f"--dtype is {args.dtype}, and onnx is written in float32 alone")
+        return export_onnx(args.student, args.out, **alike)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    if args.form == "program":
+        return export_program(args.student, args.out, dtype=dtype, device=args.device, **alike)
+    alike["dtype"] = dtype or torch.bfloat16
     if args.form == "lora":
         return export_lora(args.student, args.out, keys=args.keys or "diffusers", rank=args.rank, **alike)
     if args.form == "single-file":
@@ -77,9 +86,14 @@ def _export(args: argparse.Namespace) -> Exported:
 
 
 def _said(args: argparse.Namespace, made: Exported) -> str:
+    kind = args.dtype or "bfloat16"
     if args.form == "single-file":
-        return f"diffusers reads the same bits; writing {args.dtype} has changed weights by {made.rounding:.1e}"
-    changed = f"{args.dtype} of rank {args.rank}" if args.rank else args.dtype
+        return f"diffusers reads the same bits; writing {kind} has changed weights by {made.rounding:.1e}"
+    if args.form == "onnx":
+        return f"onnxruntime computes the student's velocities, to a relative {made.error:.1e}"
+    if args.form == "program":
+        return f"it samples what the student samples, to a relative {made.error:.1e} (uncompiled: {made.rounding:.1e})"
+    changed = f"{kind} of rank {args.rank}" if args.rank else kind
     return (
         f"stock diffusers draws what was written, to a relative {made.error:.1e}; writing {changed} has changed the "
         f"student's images by {made.rounding:.1e}"

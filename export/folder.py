@@ -23,7 +23,7 @@ from ..zoo import Student, load_backbone
 from ..zoo.sampling import sigma_grid
 from . import fresh_process
 from .fresh_process import hold, relative
-from .merging import merged
+from .merging import merged, with_weights
 from .new_folder import bytes_in, check_space, new_folder, target_of
 from .probes import FLOAT32, PROMPTS, Probes
 from .source import Exported, Source, write_report
@@ -92,8 +92,7 @@ def _family(model: Student, index: dict[str, Any]) -> tuple[str, str, str]:
 
 def _write_networks(model: Student, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
     for number, network in enumerate(model.distinct_networks(), start=1):
-        plain = type(network.model).from_config(network.model.config)
-        plain.load_state_dict(merged(network))
+        plain = with_weights(network, merged(network)).model
         name = "transformer" if number == 1 else f"transformer_{number}"
         plain.to(dtype).save_pretrained(folder / name, max_shard_size=max_shard_size)
 

@@ -30,7 +30,7 @@ from ..zoo import Backbone, Student, load_backbone
 from ..zoo.adapters import TARGETS
 from . import fresh_process
 from .fresh_process import hold, relative
-from .merging import Product, added, plain, products
+from .merging import Product, added, plain, products, with_weights
 from .new_folder import bytes_in, check_space, new_folder, target_of
 from .original import joined_factors, place
 from .probes import FLOAT32, PROMPTS, Probes
@@ -190,12 +190,9 @@ def _verify(
 ) -> tuple[float, float]:
     """Images of stock diffusers with these files against those of the base with these products, and against the
     student's."""
-    state, made = plain(standing), []
-    for step in factors:
-        model = type(standing.model).from_config(standing.model.config)
-        model.load_state_dict(added(state, step))
-        made.append(type(standing)(model.eval()))
-    order = [source.networks.index(network) for network in source.model.networks]
+    state = plain(standing)
+    made = [with_weights(standing, added(state, step)) for step in factors]
+    order = source.order()
     again = Student([made[number] for number in order], source.model.sigmas)
     probes = Probes(source.pipeline, again)
     true, exact = probes.images(again), probes.images(source.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -53,6 +54,15 @@ def added(state: Mapping[str, Tensor], factors: Mapping[str, Product]) -> dict[s
         else tensor
         for name, tensor in state.items()
     }
+
+
+def with_weights(network: Backbone, state: Mapping[str, Tensor]) -> Backbone:
+    """A new stock network of the same kind with these weights, in float32."""
+    model = type(network.model).from_config(network.model.config)
+    model.load_state_dict(state)
+    made = copy.copy(network.base if isinstance(network, AdapterView) else network)
+    made._modules = {**made._modules, "model": model.eval().requires_grad_(False)}
+    return made
 
 
 def merged(network: Backbone) -> dict[str, Tensor]:

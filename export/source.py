@@ -46,6 +46,10 @@ class Source:
     def networks(self) -> list[Backbone]:
         return self.model.distinct_networks()
 
+    def order(self) -> list[int]:
+        """Of each step, which of the networks it runs."""
+        return [next(n for n, one in enumerate(self.networks) if one is step) for step in self.model.networks]
+
     @property
     def family(self) -> str:
         return self.networks[0].family

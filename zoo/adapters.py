@@ -87,6 +87,10 @@ class AdapterView(Backbone):
         self.family, self.latent_factor = base.family, base.latent_factor
 
     @property
+    def base(self) -> Backbone:
+        return self._base
+
+    @property
     def channels(self) -> int:
         return self._base.channels
 

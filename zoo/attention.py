@@ -46,9 +46,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, proce
 def _plain_is_faster(query: Tensor, key: Tensor, processor: Any) -> bool:
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return False
-    if not FAST_BFLOAT16 or key.shape[1] > PLAIN_UP_TO:
-        return False
     if not (torch.is_grad_enabled() and query.requires_grad) or processor._parallel_config is not None:
+        return False
+    if not FAST_BFLOAT16 or key.shape[1] > PLAIN_UP_TO:  # asked last: an exported program would be made for such sizes
         return False
     backend = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
     return AttentionBackendName(backend) == AttentionBackendName.NATIVE

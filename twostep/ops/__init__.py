@@ -4,6 +4,7 @@
 """
 
 from . import reference
+from .decompositions import decompositions
 from .dmd_direction import dmd_direction
 from .euler_step import clean_prediction, euler_step
 from .gated_residual import gated_residual
@@ -23,6 +24,7 @@ __all__ = [
     "backend",
     "build_info",
     "clean_prediction",
+    "decompositions",
     "dmd_direction",
     "euler_step",
     "gated_residual",

@@ -10,7 +10,7 @@ and lengths alone, which live on the CPU: the tables of a layout are built once 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from ..tables import cached_tables
 
 
 def round_up(n: int) -> int:
-    return -(-n // SEQ_MULTI_OF) * SEQ_MULTI_OF
+    # Not -(-n // 32): ONNX divides integers towards zero.
+    return (n + SEQ_MULTI_OF - 1) // SEQ_MULTI_OF * SEQ_MULTI_OF
 
 
 @dataclass(frozen=True)
@@ -116,17 +117,23 @@ def layout(model: Any, grid: tuple[int, int, int], lengths: Sequence[int], devic
     )
 
 
+def grid_of(x: Tensor, patch: int, frame_patch: int) -> tuple[int, int, int]:
+    """Tokens along frames, height and width of x [B, C, F, H, W]."""
+    frames, height, width = x.shape[2:]
+    return frames // frame_patch, height // patch, width // patch
+
+
 def patchify(x: Tensor, patch: int, frame_patch: int) -> tuple[Tensor, tuple[int, int, int]]:
     """[B, C, F, H, W] -> [B, tokens, values of a patch], and the grid of tokens."""
-    batch, channels, frames, height, width = x.shape
-    grid = (frames // frame_patch, height // patch, width // patch)
+    batch, channels = x.shape[:2]
+    grid = grid_of(x, patch, frame_patch)
     x = x.reshape(batch, channels, grid[0], frame_patch, grid[1], patch, grid[2], patch)
     return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(batch, grid[0] * grid[1] * grid[2], -1), grid
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: int, frame_patch: int) -> Tensor:
     """The inverse: [B, tokens, values of a patch] -> [B, C, F, H, W]."""
-    batch = len(tokens)
+    batch = tokens.shape[0]
     x = tokens.reshape(batch, *grid, frame_patch, patch, patch, -1)
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, grid[0] * frame_patch, grid[1] * patch, grid[2] * patch)
 
@@ -136,7 +143,7 @@ def pad_tokens(tokens: Tensor, pad_token: Tensor, at_least: int = 0) -> Tensor:
     part, with no rows: it then gets the zero gradient that stock gives it, and no data-parallel wrapper waits for
     it."""
     missing = round_up(max(tokens.shape[1], at_least)) - tokens.shape[1]
-    return torch.cat([tokens, pad_token.to(tokens.dtype).expand(len(tokens), missing, -1)], dim=1)
+    return torch.cat([tokens, pad_token.to(tokens.dtype).expand(tokens.shape[0], missing, -1)], dim=1)
 
 
 def _embed_captions(model: Any, features: Tensor, lengths: Sequence[int], tokens: int) -> Tensor:
@@ -170,21 +177,51 @@ def forward(
     Returns the network's x - eps [B, C, F, H, W]; with `taps`, the image tokens [B, tokens, D] after those main blocks
     instead, and the blocks behind the last of them do not run. `residuals` are added after their blocks (ControlNet).
     """
+    grid = grid_of(x, patch_size, f_patch_size)
+    plan = layout(model, grid, lengths, x.device)
+    caption = _embed_captions(model, features, lengths, plan.caption_tokens)
+    return through(
+        model,
+        x,
+        t,
+        caption,
+        plan,
+        patch_size=patch_size,
+        f_patch_size=f_patch_size,
+        taps=taps,
+        residuals=residuals,
+        real_tables=real_tables,
+    )
+
+
+def through(
+    model: Any,
+    x: Tensor,
+    t: Tensor,
+    caption: Tensor,
+    plan: Layout,
+    *,
+    patch_size: int = 2,
+    f_patch_size: int = 1,
+    taps: Sequence[int] | None = None,
+    residuals: dict[int, Tensor] | None = None,
+    real_tables: bool = True,
+    pad: Callable[[Tensor, Tensor], Tensor] = pad_tokens,
+) -> Tensor | list[Tensor]:
+    """`forward` behind its layout: caption [B, tokens, D] is embedded and padded; `pad` does that to the image."""
     key = f"{patch_size}-{f_patch_size}"
     temb = model.t_embedder(t * model.t_scale).to(x.dtype)
     patches, grid = patchify(x, patch_size, f_patch_size)
-    plan = layout(model, grid, lengths, x.device)
 
     def table(freqs: Tensor) -> Tensor:
         freqs = freqs if real_tables else torch.view_as_complex(freqs)
         return freqs if real_tables else freqs.expand(len(x), -1, -1)
 
-    hidden = pad_tokens(model.all_x_embedder[key](patches), model.x_pad_token)
+    hidden = pad(model.all_x_embedder[key](patches), model.x_pad_token)
     image_table = table(plan.image_freqs)
     for block in model.noise_refiner:
         hidden = run(model, block, hidden, None, image_table, temb)
 
-    caption = _embed_captions(model, features, lengths, plan.caption_tokens)
     caption_table = table(plan.caption_freqs)
     for block in model.context_refiner:
         caption = run(model, block, caption, plan.caption_mask, caption_table)

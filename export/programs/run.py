@@ -1,0 +1,45 @@
+"""A student that was compiled ahead of time. Written by twostep (Apache-2.0); needs torch alone.
+
+    python run.py            draws noise and a random caption's features, samples, and says how long it takes
+
+noise     [B, C, H, W], float32
+features  [B, L, F], of the pipeline's text encoder, in the program's dtype
+lengths   [B], Z-Image alone: tokens of each caption. L is a multiple of 32, and the next one after every length.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+
+
+def load():
+    torch.ops.load_library(str(HERE / "kernels.so"))
+    return torch._inductor.aoti_load_package(str(HERE / "sampler.pt2"))
+
+
+def random_inputs(batch=2, height=16, width=16, tokens=32):
+    facts = json.loads((HERE / "export.json").read_text())
+    device = "cpu" if facts["device"].startswith("CPU") else "cuda"
+    sizes = {0: batch, 1: tokens, 2: height, 3: width}
+    made = {}
+    for name, one in facts["inputs"].items():
+        shape = [size if isinstance(size, int) else sizes[axis] for axis, size in enumerate(one["shape"])]
+        dtype = getattr(torch, one["dtype"])
+        made[name] = (
+            torch.randn(shape).to(device, dtype) if dtype.is_floating_point else torch.full(shape, tokens).to(device)
+        )
+    return made
+
+
+if __name__ == "__main__":
+    sampler, given = load(), random_inputs()
+    sampler(**given)
+    begun = time.perf_counter()
+    latents = sampler(**given)
+    if latents.is_cuda:
+        torch.cuda.synchronize()
+    print(f"latents {list(latents.shape)} in {1000 * (time.perf_counter() - begun):.1f} ms")

@@ -1,0 +1,106 @@
+"""Programs that were compiled ahead of time, and networks in ONNX: one for every batch, size and caption."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from twostep.cli import main
+from twostep.export import ExportFailed, export_onnx, export_program, program
+from twostep.export.fresh_process import relative
+from twostep.zoo import load_text_to_image
+
+Runs = dict[tuple[str, str, bool], Path]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "weights"), [("z-image", "lora"), ("klein", "full")])
+def test_a_program_samples_what_the_student_samples(family: str, weights: str, runs: Runs, tmp_path: Path) -> None:
+    made = export_program(runs[family, weights, True], tmp_path / "out", dtype=torch.float32, device="cpu")
+    assert made.error <= 1e-5
+    facts = json.loads((made.folder / "export.json").read_text())
+    assert facts["inputs"]["noise"]["shape"][0] == "batch"
+    # Beside the check that the export made, the student's own sampler on real captions, in this process.
+    student = load_text_to_image(runs[family, weights, True], dtype=torch.float32)
+    context = student.contexts(["a red circle", "a star"])
+    lengths = context.lengths_of_samples()
+    features = context.features
+    if family == "z-image":
+        features = nn.functional.pad(features, (0, 0, 0, 32 - features.shape[1]))
+    given = {"noise": student.noise([1, 2]), "features": features}
+    if family == "z-image":
+        given["lengths"] = torch.tensor(lengths)
+    sampler = torch._inductor.aoti_load_package(str(made.folder / "sampler.pt2"))
+    assert relative(sampler(**given), student.model.sample(given["noise"], context)) <= 1e-5
+    # The folder's own script, in a process that knows torch alone.
+    script = str(made.folder / "run.py")
+    code = f"import runpy, sys; sys.modules['twostep'] = None; runpy.run_path({script!r}, run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("latents [2, ")
+
+
+@pytest.mark.slow
+def test_a_program_in_bfloat16_is_held_to_twice_its_own_error(runs: Runs, tmp_path: Path) -> None:
+    made = export_program(runs["klein", "full", False], tmp_path / "out", dtype=torch.bfloat16, device="cpu")
+    assert 1e-4 < made.error <= 2 * made.rounding < 0.2
+
+
+@pytest.mark.parametrize("family", ["z-image", "klein"])
+def test_onnx_computes_the_students_velocities(family: str, runs: Runs, tmp_path: Path) -> None:
+    """onnxruntime at three batches, sizes and captions, against the network; a file for each network."""
+    import onnx
+
+    made = export_onnx(runs[family, "full", False], tmp_path / "one")
+    assert made.error <= 1e-5
+    assert [path.name for path in made.folder.glob("*.onnx")] == ["step_1.onnx"]
+    graph = onnx.load(str(made.folder / "step_1.onnx")).graph
+    assert {node.domain for node in graph.node} == {""}  # ONNX's own operators alone
+    assert graph.input[0].name == "x" and graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_each_step_has_its_network(runs: Runs, tmp_path: Path) -> None:
+    made = export_onnx(runs["z-image", "lora", True], tmp_path / "two")
+    first, second = sorted(made.folder.glob("*.onnx"))
+    assert (first.name, second.name) == ("step_1.onnx", "step_2.onnx") and first.read_bytes() != second.read_bytes()
+
+
+def test_the_check_sees_a_wrong_program(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        program, "_ONNX", program._ONNX.replace("session.run(None, given)[0]", "-session.run(None, given)[0]")
+    )
+    with pytest.raises(ExportFailed, match=r"onnxruntime's velocities are 2\.00e"):
+        export_onnx(runs["klein", "full", False], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_size_that_was_taken_for_fixed_is_an_error(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An example without image tokens to pad must not make a program for such sizes alone, unnoticed."""
+    traced = program._traced
+
+    def assuming(module: nn.Module, example: dict[str, torch.Tensor], dims: dict[str, object]) -> object:
+        fixed = {name: {axis: dim for axis, dim in axes.items() if axis != 3} for name, axes in dims.items()}  # type: ignore[attr-defined]
+        return traced(module, example, fixed)
+
+    monkeypatch.setattr(program, "_traced", assuming)
+    with pytest.raises(AssertionError, match="Guard failed"):
+        export_onnx(runs["klein", "full", False], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_is_explained(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = str(runs["klein", "full", False]), str(tmp_path / "out")
+    assert main(["export", run, "--out", out, "--as", "onnx", "--dtype", "bfloat16"]) == 2
+    assert "onnx is written in float32 alone" in capsys.readouterr().err
+    assert main(["export", run, "--out", out, "--device", "cpu"]) == 2
+    assert "--device is for --as program, and this is --as diffusers" in capsys.readouterr().err
+    assert main(["export", run, "--out", out, "--as", "onnx"]) == 0
+    assert "onnxruntime computes the student's velocities" in capsys.readouterr().out
