@@ -99,7 +99,10 @@ def _prepare(experiment: Experiment, args: argparse.Namespace) -> int:
     parser = argparse.ArgumentParser()
     cache_command.add_arguments(parser)
     given = ["--model", args.model, "--prompts", str(prompts), "--out", str(args.out / "cache")]
-    return cache_command.run(parser.parse_args([*given, "--dtype", "fp32", "--batch", "32"]))
+    given += ["--dtype", "fp32", "--batch", "32"]
+    if experiment.anchor_sigma is not None:
+        given += ["--anchor-sigma", str(experiment.anchor_sigma)]
+    return cache_command.run(parser.parse_args(given))
 
 
 def _train(experiment: Experiment, arm: Arm, seed: int, args: argparse.Namespace) -> int:

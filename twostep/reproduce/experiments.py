@@ -42,6 +42,7 @@ class Experiment:
     iterations: int
     metrics: tuple[str, ...] = ("frechet", "aligned", "precision", "coverage", "diversity")
     cached: bool = False  # the teacher's images are drawn ahead
+    anchor_sigma: float | None = None  # and so are its states at this sigma
     concept: bool = False  # arms learn a new concept, and are also asked for it
 
 
@@ -100,6 +101,7 @@ DP_DMD = Experiment(
         _turbo("DMD + GAN", *_GAN, paper=(0.183, 0.162, 1.033, 21.63)),
         _dp("DP-DMD", paper=(0.179, 0.182, 1.142, 21.76)),
         _turbo("turbo-pp"),
+        _turbo("turbo-pp with DP-DMD's term", "method.diversity=0.01"),
         _dp("DP-DMD, weight .01", "method.diversity=0.01"),
         _dp("DP-DMD, weight .25", "method.diversity=0.25"),
         _dp("DP-DMD, weight 1", "method.diversity=1"),
@@ -110,11 +112,13 @@ DP_DMD = Experiment(
         Claim("base", "DMD", "diversity"),
         Claim("DP-DMD", "DMD", "diversity"),
         Claim("DP-DMD", "turbo-pp", "diversity"),
+        Claim("turbo-pp with DP-DMD's term", "turbo-pp", "diversity"),
         Claim("DMD + GAN", "DMD", "diversity"),
         Claim("DP-DMD, weight 1", "DP-DMD, weight .01", "diversity"),
     ),
     iterations=200,
     cached=True,
+    anchor_sigma=0.75,
 )
 
 _TUNED = (

@@ -1,0 +1,162 @@
+"""The transformer part of an image, from noise to clean latents: teacher and two-step student, and the student's
+exported forms, in one run.
+
+    python benchmarks/exported_forms.py --out DIR                        the miniature, on this CPU or GPU
+    python benchmarks/exported_forms.py --model PIPELINE --out DIR       another pipeline, in bfloat16 on a GPU
+
+The student's two networks are copies of the teacher's: speed does not depend on what they have learnt. Candidates take
+turns; medians are compared. The error is that of the latents against the student in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from stock_vs_fused import time_turns
+from torch import Tensor
+
+from twostep import ops
+from twostep.allocator import keep_freed_memory
+from twostep.bench.report import environment
+from twostep.export.fresh_process import relative
+from twostep.zoo import Backbone, Context, Student, Teacher, TwoStepStudent, load_backbone, program
+from twostep.zoo.saved_student import pipeline_path
+
+
+def compiled(steps: program.Steps, example: dict[str, Tensor], folder: Path) -> Callable[..., Tensor]:
+    traced = torch.export.export(steps, (), example, dynamic_shapes=steps.dims(), strict=False)
+    path = torch._inductor.aoti_compile_and_package(traced, package_path=str(folder / "sampler.pt2"))
+    return torch._inductor.aoti_load_package(path)
+
+
+def onnx_steps(student: Student, folder: Path, threads: int) -> Callable[..., Tensor]:
+    """Both steps in onnxruntime; what stands between them, in torch."""
+    import onnxruntime
+
+    from twostep.export.program import _names, _traced
+
+    sessions = []
+    for number, network in enumerate(student.networks):
+        traced, factor = program.network(network), network.latent_factor
+        dims = traced.dims(torch.export.Dim("batch", min=1, max=program.BATCH))
+        example = traced.example(2, 4 * factor, 6 * factor, 64)
+        plain = _traced(traced, example, dims).run_decompositions(
+            {**torch.export.default_decompositions(), **ops.decompositions()}
+        )
+        file = str(folder / f"step_{number}.onnx")
+        torch.onnx.export(
+            plain, (), kwargs=example, dynamic_shapes=_names(dims), dynamo=True, verbose=False, external_data=False,
+            input_names=list(example), output_names=["v"],
+        ).save(file)  # fmt: skip
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        sessions.append(onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"]))
+
+    def sample(noise: Tensor, **context: Tensor) -> Tensor:
+        x = noise
+        given = {name: tensor.numpy() for name, tensor in context.items()}
+        for number, session in enumerate(sessions):
+            sigma = torch.full((len(x),), student.sigmas[number]).numpy()
+            (v,) = session.run(None, {"x": x.numpy(), "sigma": sigma, **given})
+            x = x + (student.sigmas[number + 1] - student.sigmas[number]) * torch.from_numpy(v)
+        return x
+
+    return sample
+
+
+def candidates(
+    load: Callable[[bool], Backbone], batch: int, size: tuple[int, int], tokens: int, folder: Path, onnx: bool
+) -> tuple[dict[str, Callable[[], Tensor]], Callable[[], Tensor]]:
+    """By name; and the student of which all exported forms are one."""
+    stock, fused = load(False), load(True)
+    student = TwoStepStudent(fused, copy.deepcopy(fused)).eval()
+    steps = program.Steps(student)
+    torch.manual_seed(0)
+    given = steps.example(batch, *size, tokens)
+    context = Context(given["features"], lengths=given.get("lengths"))
+    noise = given["noise"]
+
+    def teacher(network: Backbone, count: int) -> Callable[[], Tensor]:
+        return lambda: Teacher(network, steps=count).sample(noise, context)
+
+    made: dict[str, Callable[[], Tensor]] = {
+        "teacher at 8, stock": teacher(stock, 8),
+        "teacher at 8, fused": teacher(fused, 8),
+        "teacher at 2, fused": teacher(fused, 2),
+        "student, fused": lambda: student.sample(noise, context),
+    }
+    factor = fused.latent_factor
+    ahead = compiled(steps, steps.example(2, 4 * factor, 6 * factor, 64), folder)
+    made["student, program"] = lambda: ahead(**given)
+    if onnx:
+        runtime = onnx_steps(student, folder, torch.get_num_threads())
+        made["student, ONNX"] = lambda: runtime(**given)
+    return made, made["student, fused"]
+
+
+def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    lines = [
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}: {facts['model']}, "
+        f"{facts['dtype']}. Milliseconds for an image, of the transformer alone.",
+        "",
+        "| batch | candidate | ms | teacher at 8, fused: times as long | error |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        eight = next(r["ms"] for r in rows if r["batch"] == row["batch"] and r["name"] == "teacher at 8, fused")
+        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        lines.append(f"| {row['batch']} | {row['name']} | {row['ms']:.2f} | {eight / row['ms']:.2f}x | {error} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="miniature", help="a pipeline's folder (default: %(default)s)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--size", type=int, nargs=2, default=[16, 16], help="of the latents (default: 16 16)")
+    parser.add_argument("--tokens", type=int, default=32, help="of captions (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each candidate (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for exported_forms.md and .json")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    where = pipeline_path(args.model)
+
+    def load(fused: bool) -> Backbone:
+        return load_backbone(where, dtype=dtype, device=args.device, fused=fused).requires_grad_(False).eval()
+
+    onnx = args.device == "cpu" and all(find_spec(name) is not None for name in ("onnxscript", "onnxruntime"))
+    rows: list[dict[str, Any]] = []
+    for batch in args.batch:
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            runs, student = candidates(load, batch, tuple(args.size), args.tokens, Path(folder), onnx)
+            true = student()
+            seconds = time_turns(runs, args.device, args.seconds)
+            for name, run in runs.items():
+                error = relative(run().cpu(), true.cpu()) if name.startswith("student") else None
+                rows.append({"batch": batch, "name": name, "ms": 1000 * seconds[name] / batch, "error": error})
+    facts = {**environment(args.device), "model": args.model, "dtype": str(dtype)[6:], "command": " ".join(sys.argv)}
+    text = table(rows, facts)
+    print(text)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "exported_forms.md").write_text(text, encoding="utf-8")
+        (args.out / "exported_forms.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
