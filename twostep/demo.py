@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("runs/demo"), help="where everything is put (default: %(default)s)")
     add("--model", default="miniature", help="a folder that holds another miniature (default: the package's own)")
     add("--images", type=int, default=500, help="images that quality is measured on (default: %(default)s)")
+    add("--web", action="store_true", help="no training: a page on which the teacher and the student of OUT draw")
+    add("--port", type=int, default=7860, help="of the page (default: %(default)s)")
+    add("--host", default="127.0.0.1", help="that the page listens on; 0.0.0.0 for all (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from .train.result import finished
 
     logging.disable_progress_bar()
+    if args.web:
+        return _web(args)
     keep_freed_memory()
     begun = time.monotonic()
     out = args.out.resolve()
@@ -76,6 +81,39 @@ def run(args: argparse.Namespace) -> int:
         "iterations=1000     a longer training goes on from here\n"
         "  twostep train --list                                                 recipes for Z-Image and FLUX.2-klein"
     )
+    return 0
+
+
+def _web(args: argparse.Namespace) -> int:
+    from importlib.util import find_spec
+
+    import torch
+
+    from .evaluate.subjects import Subject
+    from .zoo.saved_student import student_folder
+
+    run = args.out.resolve() / "run"
+    try:
+        if find_spec("gradio") is None:
+            raise ValueError("the page needs gradio:  pip install 'twostep[web]'")
+        if student_folder(run) is None:
+            raise ValueError(f"there is no student in {run} yet:  twostep demo --out {args.out}")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        subjects = (Subject("Teacher", args.model, {"steps": 8}), Subject("Student", str(run)))
+        models = {subject.name: subject.load(dtype=dtype, device=device) for subject in subjects}
+        from .web import page, serve
+
+        made = page(models, "twostep: teacher and student")
+        address = serve(made, host=args.host, port=args.port)
+    except (ValueError, OSError) as error:
+        print(f"twostep demo: {error}", file=sys.stderr)
+        return 2
+    print(f"{address}   (Ctrl-C ends it)", flush=True)
+    try:
+        made.block_thread()
+    finally:
+        made.close(verbose=False)
     return 0
 
 

@@ -5,22 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.browser import document, needs_browser, screenshot
 from twostep.evaluate import Interval
 from twostep.evaluate.charts import side_by_side
 from twostep.evaluate.report import Picture, Report, Verdict
 from twostep.evaluate.study import Measured
-
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 
 
 def interval(value: float) -> Interval:
@@ -78,7 +73,7 @@ def test_a_row_of_the_grid_is_a_subject(report: Report) -> None:
     assert (64, 64, 64) in shades and (191, 191, 191) in shades
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian and Ubuntu: apt-get install chromium)")
+@needs_browser
 def test_a_browser_shows_it(report: Report, tmp_path: Path) -> None:
     """The page as a browser draws it: the picture is there, wide enough to read, and no image is broken."""
     report.write(tmp_path)
@@ -89,20 +84,12 @@ def test_a_browser_shows_it(report: Report, tmp_path: Path) -> None:
       svg: [...document.querySelectorAll("svg")].every(s => s.getBoundingClientRect().width > 200),
       font: parseFloat(getComputedStyle(document.querySelector("td")).fontSize)}); });</script></body>"""
     (tmp_path / "probed.html").write_text(page.replace("</body>", probe))
-    assert CHROMIUM is not None
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
-    flags += ["--window-size=1280,1600", "--virtual-time-budget=5000"]
-    shot = tmp_path / "shot.png"
-    command = [CHROMIUM, *flags, f"--screenshot={shot}", (tmp_path / "report.html").as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    with Image.open(shot) as seen:
+    with Image.open(screenshot((tmp_path / "report.html").as_uri(), tmp_path, (1280, 1600))) as seen:
         colours = seen.convert("RGB").getcolors(1 << 24)
         assert seen.size == (1280, 1600) and colours is not None
         shown = {colour for count, colour in colours if count > 500}
     assert {(64, 64, 64), (191, 191, 191), (255, 255, 255)} <= shown  # both subjects' images, on white
-    command = [CHROMIUM, *flags, "--dump-dom", (tmp_path / "probed.html").as_uri()]
-    dumped = subprocess.run(command, check=True, capture_output=True, timeout=120, text=True).stdout
+    dumped = document((tmp_path / "probed.html").as_uri(), tmp_path, (1280, 1600))
     title = re.search(r"<title>(.*?)</title>", dumped)
     assert title is not None
     found = json.loads(title[1].replace("&quot;", '"'))
