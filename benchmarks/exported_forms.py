@@ -24,42 +24,31 @@ import torch
 from stock_vs_fused import time_turns
 from torch import Tensor
 
-from twostep import ops
 from twostep.allocator import keep_freed_memory
 from twostep.bench.report import environment
 from twostep.export.fresh_process import relative
+from twostep.export.program import compile_program, write_onnx
 from twostep.zoo import Backbone, Context, Student, Teacher, TwoStepStudent, load_backbone, program
 from twostep.zoo.saved_student import pipeline_path
 
 
 def compiled(steps: program.Steps, example: dict[str, Tensor], folder: Path) -> Callable[..., Tensor]:
-    traced = torch.export.export(steps, (), example, dynamic_shapes=steps.dims(), strict=False)
-    path = torch._inductor.aoti_compile_and_package(traced, package_path=str(folder / "sampler.pt2"))
-    return torch._inductor.aoti_load_package(path)
+    compile_program(steps, example, steps.dims(), [example], folder / "sampler.pt2")
+    return torch._inductor.aoti_load_package(str(folder / "sampler.pt2"))
 
 
 def onnx_steps(student: Student, folder: Path, threads: int) -> Callable[..., Tensor]:
     """Both steps in onnxruntime; what stands between them, in torch."""
     import onnxruntime
 
-    from twostep.export.program import _names, _traced
-
     sessions = []
     for number, network in enumerate(student.networks):
         traced, factor = program.network(network), network.latent_factor
-        dims = traced.dims(torch.export.Dim("batch", min=1, max=program.BATCH))
-        example = traced.example(2, 4 * factor, 6 * factor, 64)
-        plain = _traced(traced, example, dims).run_decompositions(
-            {**torch.export.default_decompositions(), **ops.decompositions()}
-        )
-        file = str(folder / f"step_{number}.onnx")
-        torch.onnx.export(
-            plain, (), kwargs=example, dynamic_shapes=_names(dims), dynamo=True, verbose=False, external_data=False,
-            input_names=list(example), output_names=["v"],
-        ).save(file)  # fmt: skip
+        example, file = traced.example(2, 4 * factor, 6 * factor, 64), folder / f"step_{number}.onnx"
+        write_onnx(traced, example, traced.dims(program.batch_dim()), [example], file)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        sessions.append(onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"]))
+        sessions.append(onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"]))
 
     def sample(noise: Tensor, **context: Tensor) -> Tensor:
         x = noise
@@ -75,10 +64,11 @@ def onnx_steps(student: Student, folder: Path, threads: int) -> Callable[..., Te
 
 def candidates(
     load: Callable[[bool], Backbone], batch: int, size: tuple[int, int], tokens: int, folder: Path, onnx: bool
-) -> tuple[dict[str, Callable[[], Tensor]], Callable[[], Tensor]]:
-    """By name; and the student of which all exported forms are one."""
+) -> tuple[dict[str, Callable[[], Tensor]], Tensor]:
+    """By name; and what the student samples in float32."""
     stock, fused = load(False), load(True)
     student = TwoStepStudent(fused, copy.deepcopy(fused)).eval()
+    exact = copy.deepcopy(student).float()
     steps = program.Steps(student)
     torch.manual_seed(0)
     given = steps.example(batch, *size, tokens)
@@ -100,7 +90,8 @@ def candidates(
     if onnx:
         runtime = onnx_steps(student, folder, torch.get_num_threads())
         made["student, ONNX"] = lambda: runtime(**given)
-    return made, made["student, fused"]
+    true = exact.sample(noise, Context(given["features"].float(), lengths=given.get("lengths")))
+    return made, true
 
 
 def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
@@ -142,8 +133,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for batch in args.batch:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            runs, student = candidates(load, batch, tuple(args.size), args.tokens, Path(folder), onnx)
-            true = student()
+            runs, true = candidates(load, batch, tuple(args.size), args.tokens, Path(folder), onnx)
             seconds = time_turns(runs, args.device, args.seconds)
             for name, run in runs.items():
                 error = relative(run().cpu(), true.cpu()) if name.startswith("student") else None

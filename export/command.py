@@ -3,6 +3,8 @@
 twostep export runs/first --out student                                          a folder of stock diffusers
 twostep export runs/first --out adapters --as lora --keys comfyui                LoRA files on the base
 twostep export runs/first --out files --as single-file                           files in the original's names
+twostep export runs/first --out sampler --as program                             all steps compiled ahead of time
+twostep export runs/first --out networks --as onnx                               a network for each step
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: bfloat16; float32 for onnx, and for a program on a CPU)",
     )
-    add("--base", help="where the base lies now, if not where the run found it; for --as lora of whole weights, what "
-        "they are compared with")  # fmt: skip
+    add("--pipeline", help="diffusers, lora: where the pipeline lies now that the student was made for")
+    add("--base", help="of adapters: where the base lies now, if not where the run found it")
     add("--overwrite", action="store_true", help="replace what is there, once the new folder is checked")
     add("--link", action="store_true", help="diffusers: link to the pipeline's other parts instead of copying them")
     add("--max-shard-size", help="diffusers: of a file of weights (default: 5GB)")
@@ -43,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     from .fresh_process import ExportFailed
@@ -50,12 +53,9 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     try:
         made = _export(args)
-    except ValueError as error:
-        print(f"twostep export: {error}", file=sys.stderr)
-        return FAULT
-    except (ExportFailed, OSError) as error:
-        print(f"twostep export: {error}", file=sys.stderr)
-        return FAILED
+    except (ValueError, ExportFailed, SafetensorError, OSError) as error:
+        print(f"twostep export: {str(error).removeprefix('export: ')}", file=sys.stderr)
+        return FAULT if isinstance(error, ValueError) else FAILED
     print(f"{made.folder}: {made.bytes / 2**20:.1f} MiB; {_said(args, made)}")
     return 0
 
@@ -69,6 +69,8 @@ def _export(args: argparse.Namespace) -> Exported:
         if getattr(args, name) != absent and args.form != form:
             raise ValueError(f"--{name.replace('_', '-')} is for --as {form}, and this is --as {args.form}")
     alike: dict[str, Any] = {"overwrite": args.overwrite, "base": args.base}
+    if args.pipeline is not None and args.form not in ("diffusers", "lora"):
+        raise ValueError(f"--pipeline is for --as diffusers and lora, and this is --as {args.form}")
     if args.form == "onnx":
         if args.dtype not in (None, "float32"):
             raise ValueError(f"--dtype is {args.dtype}, and onnx is written in float32 alone")
@@ -77,10 +79,11 @@ def _export(args: argparse.Namespace) -> Exported:
     if args.form == "program":
         return export_program(args.student, args.out, dtype=dtype, device=args.device, **alike)
     alike["dtype"] = dtype or torch.bfloat16
-    if args.form == "lora":
-        return export_lora(args.student, args.out, keys=args.keys or "diffusers", rank=args.rank, **alike)
     if args.form == "single-file":
         return export_single_file(args.student, args.out, **alike)
+    alike["pipeline"] = args.pipeline
+    if args.form == "lora":
+        return export_lora(args.student, args.out, keys=args.keys or "diffusers", rank=args.rank, **alike)
     size = args.max_shard_size or "5GB"
     return export_folder(args.student, args.out, link=args.link, max_shard_size=size, **alike)
 

@@ -26,7 +26,7 @@ from .fresh_process import hold, relative
 from .merging import merged, with_weights
 from .new_folder import bytes_in, check_space, new_folder, target_of
 from .probes import FLOAT32, PROMPTS, Probes
-from .source import Exported, Source, write_report
+from .source import Exported, Source, found, write_report
 
 PIPELINES = Path(__file__).parent / "pipelines"
 # The families' pipelines: the class, the file that knows two transformers, and its class.
@@ -46,6 +46,7 @@ def export_folder(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     base: str | Path | None = None,
+    pipeline: str | Path | None = None,
 ) -> Exported:
     """Writes the folder, or raises and leaves nothing.
 
@@ -55,10 +56,12 @@ def export_folder(
         link: links to the pipeline's other parts instead of copies of them.
         overwrite: replace what is at `out`.
         base: of adapters, where it lies now.
+        pipeline: that the student was made for, where it lies now.
     """
-    target = target_of(out, overwrite)
-    source = Source.read(student, base)
+    target = target_of(out, overwrite, found(student))
+    source = Source.read(student, base=base, pipeline=pipeline)
     model, pipeline = source.model, source.pipeline
+    target_of(out, overwrite, pipeline)
     index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
     stock, file, own = _family(model, index)
     parts = 0 if link else sum(bytes_in(pipeline / part) for part in OTHER_PARTS)
@@ -169,6 +172,8 @@ def _verify(model: Student, pipeline: Path, new: Path) -> tuple[float, float]:
     exact, true = probes.images(model), probes.images(again)
     facts = {"folder": str(new), "prompts": PROMPTS, "settings": probes.settings}
     what = "stock diffusers could not run the folder"
-    found = fresh_process.run(_PROBE, facts, {"noise": probes.noise}, what=what)["images"]
+    noise = probes.noise
+    del again, written, probes  # the other process loads all of it
+    made = fresh_process.run(_PROBE, facts, {"noise": noise}, what=what)["images"]
     likeliest = "a diffusers that computes this model in another way than the tested one"
-    return hold(relative(found, true), FLOAT32, "the folder's images are", likeliest), relative(exact, true)
+    return hold(relative(made, true), FLOAT32, "the folder's images are", likeliest), relative(exact, true)

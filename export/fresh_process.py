@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -48,6 +49,12 @@ def run(code: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], *, w
             env=environment,
             check=False,
         )
+        if ended.returncode < 0:
+            signal = Signals(-ended.returncode).name
+            raise ExportFailed(
+                f"export: {what}: the process was ended by {signal}; nothing was left. SIGKILL is most often too "
+                f"little memory: the check computes in float32"
+            )
         if ended.returncode:
             raise ExportFailed(f"export: {what}; nothing was left.\n{ended.stderr[-2000:]}")
         return load_file(Path(place, "made.safetensors"))

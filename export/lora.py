@@ -34,7 +34,7 @@ from .merging import Product, added, plain, products, with_weights
 from .new_folder import bytes_in, check_space, new_folder, target_of
 from .original import joined_factors, place
 from .probes import FLOAT32, PROMPTS, Probes
-from .source import Exported, Source, write_report
+from .source import Exported, Source, found, write_report
 
 KEYS = ("diffusers", "comfyui")
 SEARCHED = 16  # directions beyond the rank that the search for singular vectors starts with
@@ -76,18 +76,20 @@ def export_lora(
     dtype: torch.dtype = torch.bfloat16,
     overwrite: bool = False,
     base: str | Path | None = None,
+    pipeline: str | Path | None = None,
 ) -> Exported:
     """Writes the folder, or raises and leaves nothing.
 
     Args:
         keys: whose names, "diffusers" or "comfyui".
         rank: of the products that whole weights are taken apart into; adapters have a rank, and take none.
-        base: where the base lies now: of adapters, or what whole weights are compared with (the student's pipeline).
+        base: of adapters, where it lies now.
+        pipeline: that the student was made for, where it lies now.
     """
     if keys not in KEYS:
         raise ValueError(f"export: keys are {keys!r}, expected one of {', '.join(KEYS)}")
-    target = target_of(out, overwrite)
-    source = Source.read(student, base)
+    target = target_of(out, overwrite, found(student))
+    source = Source.read(student, base=base, pipeline=pipeline)
     if source.adapters and rank is not None:
         raise ValueError(f"export: --rank is {rank}, and the student's adapters have one: {source.facts['rank']}")
     if not source.adapters and rank is None:
@@ -95,15 +97,14 @@ def export_lora(
     if rank is not None and rank < 1:
         raise ValueError(f"export: --rank is {rank}, expected at least 1")
     where, subfolder = source.base_transformer()
-    standing = load_backbone(where, dtype=torch.float32, fused=False, subfolder=subfolder)
-    state = plain(standing)
+    state = plain(source.networks[0] if source.adapters else _began_as(where, subfolder))
     factors, left = [], []
     for network in source.networks:
         if rank is None:
             factors.append(products(network))
         else:
-            found, behind = taken_apart(plain(network), state, source.family, rank)
-            factors.append(found)
+            step, behind = taken_apart(plain(network), state, source.family, rank)
+            factors.append(step)
             left.append(behind)
     rounded = [{name: Product(*(part.to(dtype) for part in one)) for name, one in step.items()} for step in factors]
     check_space(target.parent, sum(p.nbytes for step in rounded for one in step.values() for p in one))
@@ -111,12 +112,17 @@ def export_lora(
         files = [f"step_{number}.safetensors" for number in range(1, len(rounded) + 1)]
         files = files if source.per_step else ["pytorch_lora_weights.safetensors"]
         for file, step in zip(files, rounded, strict=True):
-            metadata = {"format": "pt", "base": source.facts["pipeline"], "sigmas": json.dumps(source.model.sigmas)}
+            metadata = {
+                "format": "pt",
+                "base": where,
+                "subfolder": subfolder,
+                "sigmas": json.dumps(source.model.sigmas),
+            }
             save_file(named(step, source.family, keys), new / file, metadata=metadata)
-        error, lost = _verify(source, [new / file for file in files], (where, subfolder), standing, rounded)
+        error, lost = _verify(source, [new / file for file in files], (where, subfolder), state, rounded)
         size = bytes_in(new)
         facts = source.report(
-            base=[source.facts["pipeline"] if source.base is None else str(where), subfolder],
+            base=[where, subfolder],
             keys=keys,
             rank=rank or source.facts["rank"],
             dtype=str(dtype).removeprefix("torch."),
@@ -131,11 +137,17 @@ def export_lora(
     return Exported(target, size, error, lost)
 
 
+def _began_as(where: str, subfolder: str) -> Backbone:
+    return load_backbone(where, dtype=torch.float32, fused=False, subfolder=subfolder)
+
+
 def taken_apart(
     weights: Mapping[str, Tensor], base: Mapping[str, Tensor], family: str, rank: int
 ) -> tuple[dict[str, Product], float]:
     """Products of this rank whose sum with the base is nearest the weights, and the part of their difference's norm
     that is not in them."""
+    if weights.keys() != base.keys() or any(tensor.shape != base[name].shape for name, tensor in weights.items()):
+        raise ValueError("export: the student's network and its base are of different architectures")
     found: dict[str, Product] = {}
     whole = behind = 0.0
     for name, tensor in weights.items():
@@ -184,23 +196,23 @@ def _two(one: Product) -> dict[str, Tensor]:
 def _verify(
     source: Source,
     files: list[Path],
-    base: tuple[Path, str],
-    standing: Backbone,
+    base: tuple[str, str],
+    state: Mapping[str, Tensor],
     factors: list[dict[str, Product]],
 ) -> tuple[float, float]:
     """Images of stock diffusers with these files against those of the base with these products, and against the
     student's."""
-    state = plain(standing)
-    made = [with_weights(standing, added(state, step)) for step in factors]
+    one = source.networks[0]
+    made = [with_weights(one, added(state, step)) for step in factors]
     order = source.order()
     again = Student([made[number] for number in order], source.model.sigmas)
     probes = Probes(source.pipeline, again)
     true, exact = probes.images(again), probes.images(source.model)
     facts = {
         "pipeline": str(source.pipeline),
-        "base": str(base[0]),
+        "base": base[0],
         "subfolder": base[1],
-        "class": type(standing.model).__name__,
+        "class": type(one.model).__name__,
         "files": [str(file) for file in files],
         "order": order,
         "sigmas": list(source.model.sigmas[:-1]),
@@ -208,6 +220,8 @@ def _verify(
         "settings": probes.settings,
     }
     what = "stock diffusers could not run the base with these files"
-    found = fresh_process.run(_PROBE, facts, {"noise": probes.noise}, what=what)["images"]
+    noise = probes.noise
+    del made, again, probes  # the other process loads all of it
+    drawn = fresh_process.run(_PROBE, facts, {"noise": noise}, what=what)["images"]
     likeliest = "a diffusers that reads LoRA files in another way than the tested one"
-    return hold(relative(found, true), FLOAT32, "stock diffusers draws images", likeliest), relative(true, exact)
+    return hold(relative(drawn, true), FLOAT32, "stock diffusers draws images", likeliest), relative(true, exact)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
@@ -57,9 +58,10 @@ def added(state: Mapping[str, Tensor], factors: Mapping[str, Product]) -> dict[s
 
 
 def with_weights(network: Backbone, state: Mapping[str, Tensor]) -> Backbone:
-    """A new stock network of the same kind with these weights, in float32."""
-    model = type(network.model).from_config(network.model.config)
-    model.load_state_dict(state)
+    """A new stock network of the same kind on these tensors, which it shares with whoever has them."""
+    with torch.device("meta"):
+        model = type(network.model).from_config(network.model.config)
+    model.load_state_dict(state, assign=True)
     made = copy.copy(network.base if isinstance(network, AdapterView) else network)
     made._modules = {**made._modules, "model": model.eval().requires_grad_(False)}
     return made

@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all."""
+"""A folder that is there whole or not at all, and what must not be overwritten by it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def target_of(out: str | Path, overwrite: bool) -> Path:
-    target = Path(out).expanduser().absolute()
+def target_of(out: str | Path, overwrite: bool, *sources: Path) -> Path:
+    """Where the folder is to be, links followed.
+
+    Args:
+        sources: what is exported, none of which may lie in the target, or the target in one of them.
+    """
+    target = Path(out).expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"export: {target} is a file; give a folder")
     if target.exists() and not overwrite:
         raise ValueError(f"export: {target} is there already; give another folder, or --overwrite")
+    for source in (one.expanduser().resolve() for one in sources):
+        if target == source or target in source.parents or source in target.parents:
+            raise ValueError(
+                f"export: {target} and {source}, which is exported, are in one another; give another folder"
+            )
     return target
 
 
@@ -21,15 +33,23 @@ def new_folder(target: Path) -> Iterator[Path]:
     """What is written into it becomes `target`, in the place of what was there; an error leaves all as it was."""
     target.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = new.with_name(f"{new.name}.old")
     try:
         yield new
         new.chmod(0o755)
         if target.exists():
-            shutil.rmtree(target)
-        new.rename(target)
+            target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def check_space(where: Path, needed: int) -> None:

@@ -19,7 +19,7 @@ from .fresh_process import ExportFailed
 from .merging import merged
 from .new_folder import bytes_in, check_space, new_folder, target_of
 from .original import to_original
-from .source import Exported, Source, write_report
+from .source import Exported, Source, found, write_report
 
 _READ = """
 import hashlib
@@ -41,8 +41,8 @@ def export_single_file(
     base: str | Path | None = None,
 ) -> Exported:
     """Writes the folder, or raises and leaves nothing."""
-    target = target_of(out, overwrite)
-    source = Source.read(student, base)
+    target = target_of(out, overwrite, found(student))
+    source = Source.read(student, base=base)
     check_space(target.parent, source.parameters * dtype.itemsize)
     with new_folder(target) as new:
         changed, whole = 0.0, 0.0
@@ -70,11 +70,11 @@ def _verify(file: Path, state: dict[str, Tensor], model: str, config: dict[str, 
     (folder / "config.json").write_text(json.dumps({"_class_name": model, **kept}), encoding="utf-8")
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     facts = {"file": str(file), "config": str(folder), "class": model, "dtype": dtype}
-    found = fresh_process.run(_READ, facts, {"nothing": torch.zeros(1)}, what="diffusers could not read the file")
+    read = fresh_process.run(_READ, facts, {"nothing": torch.zeros(1)}, what="diffusers could not read the file")
     (folder / "config.json").unlink()
     folder.rmdir()
-    differ = sorted(found.keys() ^ state.keys())
-    differ += [name for name in found.keys() & state.keys() if bytes(found[name].tolist()) != _digest(state[name])]
+    differ = sorted(read.keys() ^ state.keys())
+    differ += [name for name in read.keys() & state.keys() if bytes(read[name].tolist()) != _digest(state[name])]
     if differ:
         raise ExportFailed(
             f"export: diffusers reads {len(differ)} tensors of {file.name} as others than were written, such as "

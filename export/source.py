@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,23 +25,37 @@ class Exported:
 
 @dataclass(frozen=True)
 class Source:
-    folder: Path
     facts: dict[str, Any]
-    pipeline: Path
     model: Student  # float32, of stock diffusers' blocks
-    base: str | Path | None  # of adapters, where it was said to lie
+    base: str | Path | None  # where adapters' base was said to lie
+    moved: str | Path | None  # where the pipeline was said to lie
 
     @classmethod
-    def read(cls, student: str | Path, base: str | Path | None = None) -> Source:
-        folder = student_folder(student)
-        if folder is None:
-            raise ValueError(f"export: {student} has no student.json; give a run's folder, or the student/ in it")
+    def read(cls, student: str | Path, *, base: str | Path | None = None, pipeline: str | Path | None = None) -> Source:
+        """
+        Args:
+            base: of adapters, where it lies now.
+            pipeline: where the pipeline that the student was made for lies now.
+        """
+        folder = found(student)
         facts = student_facts(folder)
-        pipeline = Path(pipeline_path(facts["pipeline"]))
-        if not (pipeline / "model_index.json").is_file():
-            raise ValueError(f"export: the student was made for {pipeline}, and no pipeline is there: put it back")
-        model = load_student(folder, base=base, dtype=torch.float32, fused=False)
-        return cls(folder, facts, pipeline, model, base)
+        if base is not None and "base" not in facts:
+            raise ValueError(f"export: --base is {base}, and the student has whole weights, which stand on none")
+        return cls(facts, load_student(folder, base=base, dtype=torch.float32, fused=False), base, pipeline)
+
+    @cached_property
+    def pipeline(self) -> Path:
+        """The folder of the pipeline that the student was made for; of one on the hub, its place in the cache."""
+        place = Path(pipeline_path(str(self.moved or self.facts["pipeline"])))
+        if (place / "model_index.json").is_file():
+            return place
+        if place.is_absolute() or self.moved is not None or str(place).count("/") != 1:
+            raise ValueError(
+                f"export: the student was made for {place}, and no pipeline is there; say where it is: --pipeline"
+            )
+        from diffusers import DiffusionPipeline
+
+        return Path(DiffusionPipeline.download(str(place), use_safetensors=True))
 
     @property
     def networks(self) -> list[Backbone]:
@@ -67,14 +82,10 @@ class Source:
     def adapters(self) -> bool:
         return "base" in self.facts
 
-    def base_transformer(self) -> tuple[Path, str]:
-        """The folder and subfolder of the network that adapters stand on, or that weights began as."""
-        if self.base is not None:
-            return Path(self.base), self.facts["base"][1] if self.adapters else "transformer"
-        if self.adapters:
-            place, subfolder = self.facts["base"]
-            return Path(pipeline_path(place)), subfolder
-        return self.pipeline, "transformer"
+    def base_transformer(self) -> tuple[str, str]:
+        """The place and subfolder of the network that adapters stand on, or that weights began as."""
+        place, subfolder = self.facts.get("base") or self.facts.get("began_as") or [str(self.pipeline), "transformer"]
+        return (pipeline_path(place) if self.base is None else str(self.base)), subfolder
 
     def report(self, **more: Any) -> dict[str, Any]:
         """What export.json says."""
@@ -86,6 +97,13 @@ class Source:
             **more,
             "versions": {name: version(name) for name in ("twostep", "torch", "diffusers", "transformers")},
         }
+
+
+def found(student: str | Path) -> Path:
+    folder = student_folder(student)
+    if folder is None:
+        raise ValueError(f"export: {student} has no student.json; give a run's folder, or the student/ in it")
+    return folder
 
 
 def _own(name: str) -> bool:

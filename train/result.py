@@ -39,9 +39,12 @@ def write_student(recipe: Recipe, cast: Cast, ranks: Ranks, iteration: int) -> P
         role = recipe.roles.student
         facts: dict[str, Any] = {"sigmas": cast.student.sigmas, "steps": steps, "method": recipe.method.kind}
         facts |= {"iteration": iteration, "pipeline": _place(recipe.model)}
+        began = [_place(role.source or recipe.model), role.subfolder]
         if role.weights == "lora":
             alpha = 2 * role.rank if role.alpha is None else role.alpha
-            facts |= {"base": [_place(role.source or recipe.model), role.subfolder], "rank": role.rank, "alpha": alpha}
+            facts |= {"base": began, "rank": role.rank, "alpha": alpha}
+        else:
+            facts["began_as"] = began
         with temporary(recipe.out, "student") as new:
             for name, network, state in zip(names, networks, states, strict=True):
                 _write(new, name, network, state)

@@ -1,7 +1,7 @@
 """A network, or all steps of a student, as a program of tensors alone, for torch.export.
 
-module = program(student)           forward(noise, features, ...) -> clean latents
-torch.export.export(module, (), module.example(2), dynamic_shapes=module.dims())
+module = Steps(student)             forward(noise, features, ...) -> clean latents
+torch.export.export(module, (), module.example(2, 16, 16, 32), dynamic_shapes=module.dims())
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ class Traceable(Protocol):
 
     def dims(self, batch: Any) -> dict[str, dict[int, Any]]: ...
 
-    @property
-    def captions(self) -> int:
-        """Tokens of a caption come in multiples of this."""
-        ...
+    def __call__(self, **given: Tensor) -> Tensor: ...
 
 
-def network(backbone: Backbone) -> nn.Module:
+def batch_dim() -> Any:
+    return torch.export.Dim("batch", min=1, max=BATCH)
+
+
+def network(backbone: Backbone) -> Traceable:
     """The family's traceable network: forward(x, sigma, features, ...) -> v."""
     from .flux2.backbone import Flux2Backbone
     from .flux2.traceable import TraceableFlux2
@@ -55,7 +56,7 @@ class Steps(nn.Module):
     def __init__(self, student: Student) -> None:
         super().__init__()
         made = {id(one): network(one) for one in student.distinct_networks()}
-        self.networks = nn.ModuleList([made[id(one)] for one in student.networks])
+        self.networks = nn.ModuleList([cast(nn.Module, made[id(one)]) for one in student.networks])
         self.sigmas, self.dtype = student.sigmas, student.distinct_networks()[0].dtype
 
     def forward(self, noise: Tensor, features: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -73,7 +74,7 @@ class Steps(nn.Module):
         return {"noise": given.pop("x").float(), **given}
 
     def dims(self) -> dict[str, Any]:
-        found = self._first.dims(torch.export.Dim("batch", min=1, max=BATCH))
+        found = self._first.dims(batch_dim())
         del found["sigma"]
         return {"noise": found.pop("x"), **found}
 

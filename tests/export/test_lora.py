@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,8 +119,18 @@ def test_the_check_sees_a_wrong_file(runs: Runs, tmp_path: Path, monkeypatch: py
 
 
 def test_the_base_may_have_moved(runs: Runs, places: dict[str, tiny_runs.Place], tmp_path: Path) -> None:
-    made = export_lora(runs["klein", "lora", True], tmp_path / "out", base=places["klein"].model)
-    assert json.loads((made.folder / "export.json").read_text())["base"] == [str(places["klein"].model), "transformer"]
+    run = tmp_path / "run"
+    shutil.copytree(runs["klein", "lora", True] / "student", run / "student")
+    facts = json.loads((run / "student" / "student.json").read_text())
+    facts |= {"base": [str(tmp_path / "gone"), "transformer"], "pipeline": str(tmp_path / "gone")}
+    (run / "student" / "student.json").write_text(json.dumps(facts))
+    place = str(places["klein"].model)
+    made = export_lora(run, tmp_path / "out", base=place, pipeline=place)
+    assert json.loads((made.folder / "export.json").read_text())["base"] == [place, "transformer"]
+    with pytest.raises(ValueError, match="and no pipeline is there; say where it is: --pipeline"):
+        export_lora(run, tmp_path / "other", base=place)
+    with pytest.raises(ValueError, match="the student has whole weights, which stand on none"):
+        export_lora(runs["klein", "full", True], tmp_path / "other", base=place, rank=2)
 
 
 def test_the_command(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

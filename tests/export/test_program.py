@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch import nn
 
 from twostep.cli import main
 from twostep.export import ExportFailed, export_onnx, export_program, program
-from twostep.export.fresh_process import relative
+from twostep.export.fresh_process import hold, relative
 from twostep.zoo import load_text_to_image
+from twostep.zoo.z_image import packing, traceable
 
 Runs = dict[tuple[str, str, bool], Path]
 
@@ -72,27 +74,36 @@ def test_each_step_has_its_network(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_the_check_sees_a_wrong_program(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        program, "_ONNX", program._ONNX.replace("session.run(None, given)[0]", "-session.run(None, given)[0]")
-    )
-    with pytest.raises(ExportFailed, match=r"onnxruntime's velocities are 2\.00e"):
+    write, seen = program.write_onnx, []
+
+    def another(traced: Any, example: Any, dims: Any, cases: Any, file: Path) -> None:
+        """The network with one weight changed, or one that overflows at one of the sizes alone."""
+        seen.append(file)
+        with torch.no_grad():
+            next(traced.parameters()).mul_(1.01)
+            write(traced, example, dims, cases, file)
+            next(traced.parameters()).div_(1.01)
+
+    monkeypatch.setattr(program, "write_onnx", another)
+    with pytest.raises(ExportFailed, match="onnxruntime's velocities are"):
         export_onnx(runs["klein", "full", False], tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    assert seen and list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_is_not_finite_is_off_at_any_place() -> None:
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    with pytest.raises(ExportFailed, match="are nan off the student's"):
+        max(hold(relative(one, torch.ones(3)), 1e-5, "images are", "nothing") for one in (good, bad, good))
 
 
 def test_a_size_that_was_taken_for_fixed_is_an_error(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An example without image tokens to pad must not make a program for such sizes alone, unnoticed."""
-    traced = program._traced
-
-    def assuming(module: nn.Module, example: dict[str, torch.Tensor], dims: dict[str, object]) -> object:
-        fixed = {name: {axis: dim for axis, dim in axes.items() if axis != 3} for name, axes in dims.items()}  # type: ignore[attr-defined]
-        return traced(module, example, fixed)
-
-    monkeypatch.setattr(program, "_traced", assuming)
+    """A form of padding that makes a program for images without any, from an example without any."""
+    monkeypatch.setattr(traceable, "_padded", packing.pad_tokens)
+    monkeypatch.setattr(program, "_size", lambda model: (2, 8, 16, 64))  # 4 x 8 tokens: nothing to pad
     with pytest.raises(AssertionError, match="Guard failed"):
-        export_onnx(runs["klein", "full", False], tmp_path / "out")
+        export_onnx(runs["z-image", "full", False], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -59,6 +59,15 @@ def test_decompositions_leave_no_operator_of_this_library() -> None:
         assert (found - expected).norm() / expected.norm() <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["z-image", "flux2"])
+def test_everything_is_where_the_network_is(name: str) -> None:
+    """On the meta device, which computes with nothing that lies elsewhere."""
+    backbone = fused_backbone(CASES[name])
+    backbone.model.to("meta")
+    traced = program.network(backbone)
+    assert traced(**traced.example(2, 8, 12, 64)).device.type == "meta"
+
+
 def test_what_has_no_program_is_explained() -> None:
     case = CASES["z-image"]
     with pytest.raises(TypeError, match="stock diffusers, whose rotary tables are complex: fuse it first"):

@@ -22,7 +22,6 @@ class TraceableFlux2(nn.Module):
         config = self.model.config
         self.positions = Flux2PosEmbed(theta=config.rope_theta, axes_dim=list(config.axes_dims_rope))
 
-    captions = 1
     LONGEST = 4096  # tokens of a side and of a caption; torch.export wants a bound
 
     def example(self, batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:

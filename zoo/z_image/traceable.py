@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor, nn
 
 from .packing import Layout, axis_tables, round_up, through
@@ -30,18 +31,16 @@ class TraceableZImage(nn.Module):
         self.patch_size = patch_size
         config = self.model.config
         tables = axis_tables(
-            tuple(config.axes_dims), tuple(config.axes_lens), float(config.rope_theta), torch.device("cpu")
+            tuple(config.axes_dims), tuple(config.axes_lens), float(config.rope_theta), model.x_pad_token.device
         )
         for axis, table in zip("thw", tables, strict=True):
             self.register_buffer(f"table_{axis}", table.clone(), persistent=False)
-
-    captions = 32
 
     def example(self, batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
         """Random inputs for latents of this size and captions that fill this many tokens, a multiple of 32."""
         like = self.model.x_pad_token
         features = torch.randn(batch, tokens, self.model.config.cap_feat_dim)
-        lengths = tokens - torch.arange(batch) % self.captions
+        lengths = tokens - torch.arange(batch) % SEQ_MULTI_OF
         return {
             "x": torch.randn(batch, self.model.in_channels, height, width).to(like),
             "sigma": torch.full((batch,), 0.5, device=like.device),
@@ -52,12 +51,12 @@ class TraceableZImage(nn.Module):
     def dims(self, batch: Any) -> dict[str, dict[int, Any]]:
         lens = self.model.config.axes_lens
         height, width = (torch.export.Dim(n, min=1, max=lens[axis]) for n, axis in (("rows", 1), ("columns", 2)))
-        captions = torch.export.Dim("captions", min=1, max=(lens[0] - 2) // self.captions)
+        captions = torch.export.Dim("captions", min=1, max=(lens[0] - 2) // SEQ_MULTI_OF)
         image = {0: batch, 2: self.patch_size * height, 3: self.patch_size * width}
         return {
             "x": image,
             "sigma": {0: batch},
-            "features": {0: batch, 1: self.captions * captions},
+            "features": {0: batch, 1: SEQ_MULTI_OF * captions},
             "lengths": {0: batch},
         }
 
