@@ -17,7 +17,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def load():
-    torch.ops.load_library(str(HERE / "kernels.so"))
+    if not hasattr(torch.ops.twostep, "swiglu"):  # loaded by twostep already; a second copy crashes
+        torch.ops.load_library(str(HERE / "kernels.so"))
     return torch._inductor.aoti_load_package(str(HERE / "sampler.pt2"))
 
 
