@@ -23,7 +23,8 @@ def page(models: Mapping[str, TextToImage], title: str = "twostep") -> gradio.Bl
     draw = _drawing(models)
     first = iter(draw(FIRST, 0, COUNT))  # there before anybody asks
     outputs: list[Any] = []
-    with gradio.Blocks(title=title, analytics_enabled=False) as made:
+    made = gradio.Blocks(title=title, analytics_enabled=False)
+    with made:
         gradio.Markdown(f"# {title}\nThe same captions and noise; the time is that of all images together.")
         with gradio.Row():
             caption = gradio.Textbox(FIRST, label="Caption", scale=4)
@@ -38,8 +39,7 @@ def page(models: Mapping[str, TextToImage], title: str = "twostep") -> gradio.Bl
                         gradio.Gallery(next(first), label=name, columns=4, object_fit="contain", format="png")
                     )
                     outputs.append(gradio.Markdown(next(first)))
-        button.click(draw, [caption, seed, count], outputs, api_name="draw")
-        caption.submit(draw, [caption, seed, count], outputs, api_name=False)
+        gradio.on([button.click, caption.submit], draw, [caption, seed, count], outputs, api_name="draw")
     return made
 
 
