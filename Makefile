@@ -1,6 +1,7 @@
 # make test     venv, install, build, all tests          make demo    a two-step student of the miniature, made and measured
 # make lint     ruff, clang-format, mypy                 make format  what lint wants, applied
-# make sanitize the ops' tests under ASan and UBSan      make cuda-compile   compile the CUDA kernels, GPU or not
+# make sanitize the ops' tests under ASan and UBSan      make docs    the documentation as a site, in build/site
+# make cuda-compile  the CUDA kernels, GPU or not
 #
 # The environment is .venv, made on first use:  make PYTHON=python3.12 test  chooses its Python,  make VENV=/path test  another place.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-EXTRAS := test,bench,train,onnx,web,dev
+EXTRAS := test,bench,train,onnx,web,docs,dev
 PYTEST_ARGS ?=
 # Tests run in a process for each processor, and each on one thread: threads of several processes wait for one another.
 # A file's tests stay together, for what they set up together.  make JOBS=1 test  takes less memory.
@@ -26,7 +27,7 @@ INSTALLED := build/stamps/installed-$(subst /,-,$(VENV))
 SANITIZED := build/sanitize/site
 CUDA_ONLY := build/cuda-compile/site
 
-.PHONY: test demo lint format sanitize cuda-compile clean
+.PHONY: test demo docs lint format sanitize cuda-compile clean
 .DELETE_ON_ERROR:
 
 test: $(INSTALLED)
@@ -74,6 +75,11 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix $(PY_FILES)
 	$(BIN)/ruff format $(PY_FILES)
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# Links that lead nowhere are warnings, and those are errors.
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/site
+	@echo 'build/site/index.html'
 
 # A second installation, beside the normal one: its library is compiled with the sanitizers, whose runtimes must be loaded
 # first. Python and torch leak at exit by design, so leaks are not looked for; torch's own libraries define some symbols twice.
