@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -29,6 +30,7 @@ class Source:
     model: Student  # float32, of stock diffusers' blocks
     base: str | Path | None  # where adapters' base was said to lie
     moved: str | Path | None  # where the pipeline was said to lie
+    begun: float  # on time.monotonic's clock
 
     @classmethod
     def read(cls, student: str | Path, *, base: str | Path | None = None, pipeline: str | Path | None = None) -> Source:
@@ -37,11 +39,11 @@ class Source:
             base: of adapters, where it lies now.
             pipeline: where the pipeline that the student was made for lies now.
         """
-        folder = found(student)
+        begun, folder = time.monotonic(), found(student)
         facts = student_facts(folder)
         if base is not None and "base" not in facts:
             raise ValueError(f"export: --base is {base}, and the student has whole weights, which stand on none")
-        return cls(facts, load_student(folder, base=base, dtype=torch.float32, fused=False), base, pipeline)
+        return cls(facts, load_student(folder, base=base, dtype=torch.float32, fused=False), base, pipeline, begun)
 
     @cached_property
     def pipeline(self) -> Path:
@@ -95,6 +97,7 @@ class Source:
             "teacher": self.facts["pipeline"],
             "sigmas": list(self.model.sigmas),
             **more,
+            "seconds": round(time.monotonic() - self.begun, 1),  # of all, the check included
             "versions": {name: version(name) for name in ("twostep", "torch", "diffusers", "transformers")},
         }
 
