@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-EXTRAS := test,bench,train,onnx,web,docs,dev
+EXTRAS := test,bench,train,onnx,quantize,web,docs,dev
 PYTEST_ARGS ?=
 # Tests run in a process for each processor, and each on one thread: threads of several processes wait for one another.
 # A file's tests stay together, for what they set up together.  make JOBS=1 test  takes less memory.

@@ -21,7 +21,7 @@ FAULT, FAILED = 2, 1
 FORMS = ("diffusers", "lora", "single-file", "program", "onnx")
 # Options of one form alone, and what they are where they are not given.
 OF_ONE = {"link": ("diffusers", False), "max_shard_size": ("diffusers", None), "keys": ("lora", None)}
-OF_ONE |= {"rank": ("lora", None), "device": ("program", None)}
+OF_ONE |= {"rank": ("lora", None), "device": ("program", None), "quantize": ("diffusers", None)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace what is there, once the new folder is checked")
     add("--link", action="store_true", help="diffusers: link to the pipeline's other parts instead of copying them")
     add("--max-shard-size", help="diffusers: of a file of weights (default: 5GB)")
+    add("--quantize", choices=("int8", "fp8"), help="diffusers: the linear layers' weights in 8 bits, by torchao")
     add("--keys", choices=("diffusers", "comfyui"), help="lora: whose names (default: diffusers)")
     add("--device", choices=("cpu", "cuda"), help="program: what it is compiled for (default: a GPU if there is one)")
     add("--rank", type=int, help="lora: of the product that is taken from whole weights")
@@ -85,7 +86,8 @@ def _export(args: argparse.Namespace) -> Exported:
     if args.form == "lora":
         return export_lora(args.student, args.out, keys=args.keys or "diffusers", rank=args.rank, **alike)
     size = args.max_shard_size or "5GB"
-    return export_folder(args.student, args.out, link=args.link, max_shard_size=size, **alike)
+    more = {"link": args.link, "max_shard_size": size, "quantization": args.quantize}
+    return export_folder(args.student, args.out, **more, **alike)
 
 
 def _said(args: argparse.Namespace, made: Exported) -> str:
@@ -96,6 +98,8 @@ def _said(args: argparse.Namespace, made: Exported) -> str:
         return f"onnxruntime computes the student's velocities, to a relative {made.error:.1e}"
     if args.form == "program":
         return f"it samples what the student samples, to a relative {made.error:.1e} (uncompiled: {made.rounding:.1e})"
+    if args.quantize:
+        kind = f"{args.quantize} and {kind}"
     changed = f"{kind} of rank {args.rank}" if args.rank else kind
     return (
         f"stock diffusers draws what was written, to a relative {made.error:.1e}; writing {changed} has changed the "

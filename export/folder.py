@@ -26,6 +26,7 @@ from .fresh_process import hold, relative
 from .merging import merged, with_weights
 from .new_folder import bytes_in, check_space, new_folder, target_of
 from .probes import FLOAT32, PROMPTS, Probes
+from .quantizing import check_quantizing, exact_weights, quantize
 from .source import Exported, Source, found, write_report
 
 PIPELINES = Path(__file__).parent / "pipelines"
@@ -47,6 +48,7 @@ def export_folder(
     overwrite: bool = False,
     base: str | Path | None = None,
     pipeline: str | Path | None = None,
+    quantization: str | None = None,
 ) -> Exported:
     """Writes the folder, or raises and leaves nothing.
 
@@ -57,7 +59,9 @@ def export_folder(
         overwrite: replace what is at `out`.
         base: of adapters, where it lies now.
         pipeline: that the student was made for, where it lies now.
+        quantization: of the linear layers' weights, by torchao: "int8", or "fp8" (e4m3).
     """
+    check_quantizing(quantization)
     target = target_of(out, overwrite, found(student))
     source = Source.read(student, base=base, pipeline=pipeline)
     model, pipeline = source.model, source.pipeline
@@ -67,14 +71,15 @@ def export_folder(
     parts = 0 if link else sum(bytes_in(pipeline / part) for part in OTHER_PARTS)
     check_space(target.parent, source.parameters * dtype.itemsize + parts)
     with new_folder(target) as new:
-        _write_networks(model, new, dtype, max_shard_size)
+        _write_networks(model, new, dtype, max_shard_size, quantization)
         for part in OTHER_PARTS:
             _place(pipeline / part, new / part, link)
         _write_index(model, index, pipeline, new, stock, file, own)
-        error, rounding = _verify(model, pipeline, new)
+        error, rounding = _verify(model, pipeline, new, dtype, quantization)
         size = bytes_in(new)
         report = source.report(
             dtype=str(dtype).removeprefix("torch."),
+            quantization=quantization,
             bytes=size,
             error={"of images, against the written weights": error, "of rounding the weights": rounding},
         )
@@ -93,11 +98,15 @@ def _family(model: Student, index: dict[str, Any]) -> tuple[str, str, str]:
     return FAMILIES[family]
 
 
-def _write_networks(model: Student, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+def _write_networks(
+    model: Student, folder: Path, dtype: torch.dtype, max_shard_size: str, quantization: str | None
+) -> None:
     for number, network in enumerate(model.distinct_networks(), start=1):
         plain = with_weights(network, merged(network)).model
         name = "transformer" if number == 1 else f"transformer_{number}"
         plain.to(dtype).save_pretrained(folder / name, max_shard_size=max_shard_size)
+        if quantization is not None:
+            quantize(folder / name, quantization, dtype, max_shard_size)
 
 
 def _place(source: Path, target: Path, link: bool) -> None:
@@ -149,31 +158,66 @@ def _shift_of(sigmas: tuple[float, ...]) -> float:
 
 _PROBE = """
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained(facts["folder"], trust_remote_code=True, torch_dtype=torch.float32)
-pipeline.set_progress_bar_config(disable=True)
-images = []
-for prompt, noise in zip(facts["prompts"], tensors["noise"], strict=True):
-    result = pipeline(prompt=[prompt], latents=noise[None].clone(), output_type="pt", **facts["settings"])
-    images.append(result.images.float())
-made["images"] = torch.cat(images)
+
+def load(dtype):
+    pipeline = DiffusionPipeline.from_pretrained(facts["folder"], trust_remote_code=True, torch_dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+def unquantized(pipeline, dtype):
+    networks = [part for name, part in pipeline.components.items() if name.startswith("transformer")]
+    for module in (module for network in networks for module in network.modules()):
+        for name, weight in list(module._parameters.items()):
+            if hasattr(weight, "dequantize") and type(weight) is not torch.nn.Parameter:
+                module._parameters[name] = torch.nn.Parameter(weight.dequantize().to(dtype), requires_grad=False)
+    for network in networks:
+        network.is_quantized = False
+        network.to(dtype)
+    return pipeline
+
+def draw(pipeline):
+    images = []
+    for prompt, noise in zip(facts["prompts"], tensors["noise"], strict=True):
+        result = pipeline(prompt=[prompt], latents=noise[None].clone(), output_type="pt", **facts["settings"])
+        images.append(result.images.float())
+    return torch.cat(images)
+
+pipeline = load(torch.float32)
+made["images"] = draw(unquantized(pipeline, torch.float32) if facts["quantized"] else pipeline)
+if facts["quantized"]:
+    del pipeline
+    pipeline = load(getattr(torch, facts["dtype"]))
+    made["as it is used"] = draw(pipeline)
+    made["in its dtype"] = draw(unquantized(pipeline, getattr(torch, facts["dtype"])))
 """
 
 
-def _verify(model: Student, pipeline: Path, new: Path) -> tuple[float, float]:
+def _verify(
+    model: Student, pipeline: Path, new: Path, dtype: torch.dtype, quantization: str | None
+) -> tuple[float, float]:
     """The relative error of the folder's images against those of the student with the weights that were written, and
-    what writing them in their dtype has changed."""
-    names = [f"transformer_{number}" if number > 1 else "transformer" for number in range(1, model.steps + 1)]
-    own = len(model.distinct_networks()) > 1
-    written = [
-        load_backbone(new, dtype=torch.float32, fused=False, subfolder=name) for name in (names if own else names[:1])
-    ]
-    again = Student(written if own else written * model.steps, model.sigmas)
+    what writing them has changed. Quantized weights are then run as they are, and may be twice as far off as the same
+    weights in the folder's dtype without quantization."""
+    written = []
+    for number, network in enumerate(model.distinct_networks(), start=1):
+        name = "transformer" if number == 1 else f"transformer_{number}"
+        if quantization is None:
+            written.append(load_backbone(new, dtype=torch.float32, fused=False, subfolder=name))
+        else:
+            written.append(exact_weights(new / name, network))
+    again = Student(written if len(written) > 1 else written * model.steps, model.sigmas)
     probes = Probes(pipeline, model)
     exact, true = probes.images(model), probes.images(again)
     facts = {"folder": str(new), "prompts": PROMPTS, "settings": probes.settings}
+    facts |= {"quantized": quantization is not None, "dtype": str(dtype).removeprefix("torch.")}
     what = "stock diffusers could not run the folder"
     noise = probes.noise
     del again, written, probes  # the other process loads all of it
-    made = fresh_process.run(_PROBE, facts, {"noise": noise}, what=what)["images"]
+    made = fresh_process.run(_PROBE, facts, {"noise": noise}, what=what)
     likeliest = "a diffusers that computes this model in another way than the tested one"
-    return hold(relative(made, true), FLOAT32, "the folder's images are", likeliest), relative(exact, true)
+    error = hold(relative(made["images"], true), FLOAT32, "the folder's images are", likeliest)
+    if quantization is not None:
+        allowed = FLOAT32 + 2 * relative(made["in its dtype"], true)
+        likeliest = "a torchao that computes these weights in another way than the tested one"
+        hold(relative(made["as it is used"], true), allowed, "the quantized folder's images are", likeliest)
+    return error, relative(exact, true)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,10 @@ COMMANDS = {
     "cache": ("twostep.train.data.cache_command", "encode prompts and sample the teacher for them ahead of training"),
     "doctor": ("twostep.doctor", "check torch, CUDA, the compiled kernels and the optional packages"),
 }
+
+
+# diffusers imports torchao wherever it is installed; on a CPU build of torch all of these then speak of what it lacks.
+OF_TORCHAO = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
 def make_parser(chosen: str | None) -> argparse.ArgumentParser:
@@ -52,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.overrides += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for name in OF_TORCHAO:
+        logging.getLogger(name).addFilter(lambda record: record.levelno > logging.WARNING)
     status = importlib.import_module(COMMANDS[parsed.command][0]).run(parsed)
     return int(status)
 

@@ -167,7 +167,7 @@ def _compare(args: argparse.Namespace, out: Path) -> Any:
         return Subject(name, args.model, settings)
 
     subjects = [
-        teacher("base at 28, guidance 4", steps=28, guidance=4.0, subfolder="base"),
+        teacher("base at 28, guidance 2", steps=28, guidance=2.0, subfolder="base"),
         teacher("teacher at 8", steps=8),
         teacher("teacher at 2", steps=2),
         Subject("student at 2", str(out / "run")),

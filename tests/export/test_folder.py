@@ -135,3 +135,62 @@ def test_the_pipelines_need_diffusers_alone() -> None:
     for file in folder.PIPELINES.glob("*.py"):
         code = f"import runpy, sys; runpy.run_path({str(file)!r}); assert 'twostep' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# Eight bits
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize(("family", "per_step"), [("z-image", True), ("klein", False)])
+def test_weights_of_eight_bits(
+    family: str, per_step: bool, kind: str, runs: dict[tuple[str, str, bool], Path], tmp_path: Path
+) -> None:
+    """Stock diffusers reads them from safetensors, and they stand for the student's to 8 bits: the oracle is here."""
+    pytest.importorskip("torchao")
+    run = runs[family, "full", per_step]
+    whole = export_folder(run, tmp_path / "whole", dtype=torch.bfloat16)
+    made = export_folder(run, tmp_path / "out", dtype=torch.bfloat16, quantization=kind)
+    assert made.error <= 1e-5 < made.rounding
+    assert json.loads((made.folder / "export.json").read_text())["quantization"] == kind
+    weights = [
+        sum(f.stat().st_size for f in (one.folder / "transformer").glob("*.safetensors")) for one in (made, whole)
+    ]
+    assert weights[0] < 0.8 * weights[1]  # tiny layers have many scales
+    loaded = DiffusionPipeline.from_pretrained(made.folder, trust_remote_code=True, torch_dtype=torch.bfloat16)
+    state, true = loaded.transformer.state_dict(), merged(load_student(run, fused=False).distinct_networks()[0])
+    quantized = [name for name, tensor in state.items() if type(tensor) is not torch.Tensor]
+    assert any("attention" in name or "attn" in name for name in quantized)
+    for name in quantized:
+        largest = true[name].abs().amax(1, keepdim=True)  # a row's 255 levels, or 3 bits of mantissa; and bfloat16
+        error = (state[name].dequantize().float() - true[name].float()).abs() / largest
+        assert error.max() <= (0.55 / 127 if kind == "int8" else 1 / 16) + 2**-8, name
+
+
+def test_eight_bits_that_do_not_compute_are_refused(
+    runs: dict[tuple[str, str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quantized layers are run as they are used, beside the numbers that they stand for."""
+    pytest.importorskip("torchao")
+    run = runs["z-image", "full", True]
+    spoiled = 'made["as it is used"] = draw(pipeline)'
+    assert spoiled in folder._PROBE
+    monkeypatch.setattr(folder, "_PROBE", folder._PROBE.replace(spoiled, spoiled + " * 1.2"))
+    with pytest.raises(ExportFailed, match="the quantized folder's images are"):
+        export_folder(run, tmp_path / "out", quantization="int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_quantization_says_what_it_needs(
+    runs: dict[tuple[str, str, bool], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, out = runs["z-image", "full", True], tmp_path / "out"
+    with pytest.raises(ValueError, match="'int4', expected one of int8, fp8"):
+        export_folder(run, out, quantization="int4")
+    monkeypatch.setattr("twostep.export.quantizing.find_spec", lambda name: None)
+    assert main(["export", str(run), "--out", str(out), "--quantize", "int8"]) == 2
+    assert "pip install 'twostep[quantize]'" in capsys.readouterr().err
+    assert main(["export", str(run), "--out", str(out), "--as", "onnx", "--quantize", "int8"]) == 2
+    assert "--quantize is for --as diffusers" in capsys.readouterr().err

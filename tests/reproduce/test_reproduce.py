@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.train import tiny_pipelines
 from twostep.cli import main
@@ -128,7 +129,7 @@ def test_the_table_has_both_halves() -> None:
     }
     text = markdown(TURBO_PP, values, 2)
     assert "| teacher at 2 | 1.25 ± 3.2 |" in text and "| 50.94 | 76.53 |" in text
-    assert text.count("\n| full: end to end is better than") == 6
+    assert text.count("\n| full: end to end is better than") == 3 * 5
     assert set(BETTER) >= set(TURBO_PP.metrics)
 
 
@@ -152,6 +153,10 @@ def test_runs(
     for metrics in facts["values"].values():
         assert set(experiment.metrics) <= metrics.keys()
         assert all(len(numbers) == 1 and math.isfinite(numbers[0]) for numbers in metrics.values())
+    assert facts[
+        "command"
+    ] == f"twostep reproduce {name} --model MODEL --seeds 1 --iterations 1 --images 8 " + " ".join(SHORT)
+    assert facts["command"] in printed and Image.open(tmp_path / "table.png").width > 600
     assert (tmp_path / "report" / "report.html").is_file()
     trained = [arm for arm in experiment.arms if arm.recipe]
     assert len(list(tmp_path.glob("*/seed-0/student/student.json"))) == len(trained)

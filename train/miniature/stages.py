@@ -35,7 +35,7 @@ ENCODERS = Fit(steps=1500, batch=64, lr=1.5e-3)
 RECIPES = {"base": "miniature-flow-matching", "teacher": "miniature-decoupled-dmd"}
 FRESH = (0xF4E5, 1024)  # a stream that nothing is trained on, and how many of its samples say how good a part is
 MEASURED: dict[str, dict[str, Any]] = {
-    "base at 28, guidance 4": {"steps": 28, "guidance": 4.0, "subfolder": "base"},
+    "base at 28, guidance 2": {"steps": 28, "guidance": 2.0, "subfolder": "base"},
     "teacher at 8": {"steps": 8},
     "teacher at 2": {"steps": 2},
 }

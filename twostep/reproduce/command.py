@@ -3,7 +3,8 @@
     FOLDER/prompts.txt, cache/, concept/    what arms learn from
     FOLDER/ARM/seed-N/                      runs of `twostep train`
     FOLDER/report/drawn/                    what was drawn
-    FOLDER/table.md, results.json           the table beside the paper's, and every number
+    FOLDER/table.md, table.png              the table beside the paper's, and the same as a picture
+    FOLDER/results.json                     every number, the command, and the time it took
     FOLDER/report/                          page and picture of the first seed
 
 Everything is kept as it is made: whatever ends it, the same command goes on.
@@ -16,6 +17,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="miniature", help="a folder that holds another miniature (default: the package's own)")
     add("--seeds", type=int, default=3, help="runs of every arm (default: %(default)s)")
     add("--iterations", type=int, help="of every run (default: the experiment's)")
-    add("--images", type=int, default=1000, help="images that quality is measured on (default: %(default)s)")
+    add("--images", type=int, default=500, help="images that quality is measured on (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,8 +123,12 @@ def _train(experiment: Experiment, arm: Arm, seed: int, args: argparse.Namespace
 
 
 def _measure(experiment: Experiment, args: argparse.Namespace) -> None:
+    import torch
+
+    from ..bench.report import environment
     from ..evaluate.command import Settings, study
     from ..evaluate.subjects import Subject
+    from .figure import draw
     from .table import markdown
 
     begun = time.monotonic()
@@ -145,23 +151,49 @@ def _measure(experiment: Experiment, args: argparse.Namespace) -> None:
                 values[subject.name].setdefault(name, []).append(value)
         if seed == 0:
             report.write(args.out / "report")
-    table = markdown(experiment, values, args.seeds)
     facts: dict[str, Any] = {
         "experiment": experiment.name,
+        "command": _command(experiment, args),
         "iterations": args.iterations or experiment.iterations,
         "overrides": args.overrides,
         "seeds": args.seeds,
         "images": args.images,
         "training_seconds": {arm.name: _seconds(args, arm) for arm in experiment.arms if arm.recipe is not None},
+        "machine": environment("cuda" if torch.cuda.is_available() else "cpu"),
         "measuring_seconds": round(time.monotonic() - begun, 1),
         "values": values,
     }
+    table = f"{_made(facts)}\n\n{markdown(experiment, values, args.seeds)}"
+    draw(experiment, values, args.out / "table.png")
     for name, text in (("table.md", table), ("results.json", json.dumps(facts, indent=1) + "\n")):
         new = args.out / f".{name}.new"
         new.write_text(text, encoding="utf-8")
         new.replace(args.out / name)
     print(table)
     print(args.out / "table.md")
+
+
+def _command(experiment: Experiment, args: argparse.Namespace) -> str:
+    """That makes the same, wherever it is run: without the places of this machine."""
+    words = ["twostep reproduce", experiment.name]
+    if args.model != "miniature":
+        words.append("--model MODEL")
+    given: dict[str, Any] = {
+        "seeds": args.seeds,
+        "iterations": args.iterations or experiment.iterations,
+        "images": args.images,
+    }
+    return " ".join([*words, *(f"--{name} {value}" for name, value in given.items()), *args.overrides])
+
+
+def _made(facts: Mapping[str, Any]) -> str:
+    trained = sum(map(sum, facts["training_seconds"].values())) / 60
+    return (
+        f"    {facts['command']}\n\n"
+        f"Trained for {trained:.0f} minutes and measured for {facts['measuring_seconds'] / 60:.0f}, on "
+        f"{facts['machine']['device']}, threads: {facts['machine']['threads']}; {facts['machine']['date']}, twostep "
+        f"{facts['machine']['twostep']}, torch {facts['machine']['torch']}."
+    )
 
 
 def _concept(subject: Any, kept: Path) -> float:

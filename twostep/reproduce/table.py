@@ -49,7 +49,7 @@ def judge(claim: Claim, values: Values) -> tuple[str, Spread]:
 
 def markdown(experiment: Experiment, values: Values, seeds: int) -> str:
     metrics = [metric for metric in experiment.metrics if any(metric in row for row in values.values())]
-    heads = ["", *(_title(metric) for metric in metrics), *(f"paper: {column}" for column in experiment.columns)]
+    heads = ["", *(title(metric) for metric in metrics), *(f"paper: {column}" for column in experiment.columns)]
     rows = []
     for arm in experiment.arms:
         cells = [str(Spread.of(values[arm.name][metric])) if metric in values[arm.name] else "" for metric in metrics]
@@ -60,7 +60,7 @@ def markdown(experiment: Experiment, values: Values, seeds: int) -> str:
     for claim in experiment.claims:
         verdict, difference = judge(claim, values)
         claims.append(
-            _line([f"{claim.better} is better than {claim.worse}", _title(claim.metric), verdict, str(difference)])
+            _line([f"{claim.better} is better than {claim.worse}", title(claim.metric), verdict, str(difference)])
         )
     return (
         f"The right half is {experiment.paper}, on its own models and metrics. The left half is the miniature: means "
@@ -71,7 +71,7 @@ def markdown(experiment: Experiment, values: Values, seeds: int) -> str:
     )
 
 
-def _title(metric: str) -> str:
+def title(metric: str) -> str:
     better = "↑" if BETTER[metric] == "more" else "↓"
     return f"{METRICS[metric].title if metric in METRICS else metric} {better}"
 
