@@ -5,7 +5,7 @@ docs/evaluate.md has each formula, its paper and its pitfalls.
 
 from __future__ import annotations
 
-from .alignment import Alignment, ClipScore, MiniatureAlignment, load_clip_score
+from .alignment import Alignment, ClipScore, MiniatureAlignment, VqaScore, load_clip_score, load_vqa_score
 from .diversity import diversity_by_prompt, pairwise_distance, prompt_diversity, vendi_score, vendi_score_of_kernel
 from .features import FeatureNetwork, MiniatureFeatures, ModelFeatures, load_features
 from .frechet import FeatureStatistics, Gaussian, frechet_distance, frechet_floor
@@ -25,12 +25,14 @@ __all__ = [
     "MiniatureFeatures",
     "ModelFeatures",
     "NeighbourMetrics",
+    "VqaScore",
     "bootstrap",
     "diversity_by_prompt",
     "frechet_distance",
     "frechet_floor",
     "load_clip_score",
     "load_features",
+    "load_vqa_score",
     "neighbour_metrics",
     "pairwise_distance",
     "prompt_diversity",

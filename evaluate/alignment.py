@@ -2,6 +2,8 @@
 
 `MiniatureAlignment` reads images with the miniature's detector and checks every claim of the caption. `ClipScore` is
 100 max(cos(image, caption), 0) of CLIP's embeddings, the mean over images (arXiv 2104.08718, there with 2.5 for 100).
+`VqaScore` asks a model of vision and language whether the image shows the caption, and takes the probability of "Yes"
+(VQAScore, arXiv 2404.01291): unlike CLIP it minds counts, places and relations.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -108,3 +111,84 @@ def load_clip_score(
     model, _ = load_model("load_clip_score", folder, {"clip": "CLIPModel"})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return ClipScore(model.to(device, dtype), tokenizer, read_preprocessing(folder), truncate, batch)
+
+
+QUESTION = 'Does this figure show "{}"? Please answer yes or no.'  # the paper's, and the answer that is looked for
+ANSWER = "Yes"
+
+
+@dataclass(frozen=True)
+class VqaScore:
+    """`vqa_score`: see the top of the file; `load_vqa_score` makes it from a folder."""
+
+    model: Any  # transformers' model for image and text to text
+    processor: Any
+    question: str
+    answer: int  # the token
+    batch: int
+
+    def __call__(self, images: Tensor, captions: Sequence[str]) -> dict[str, float]:
+        return {"vqa_score": self.scores(images, captions).double().mean().item()}
+
+    @torch.no_grad()
+    def scores(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """[N], float32: of each image, from 0 to 1."""
+        arguments.check_images("VqaScore", images)
+        arguments.check_labels("VqaScore", "captions", captions, len(images))
+        parts = zip(images.split(self.batch), range(0, len(images), self.batch), strict=True)
+        return torch.cat([self._scores(part, captions[start : start + len(part)]) for part, start in parts])
+
+    def _scores(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        asked = [self._asked(caption) for caption in captions]
+        given = self.processor(
+            text=asked, images=[[Image.fromarray(image)] for image in pixels], padding=True, return_tensors="pt"
+        )
+        model = self.model
+        given = {
+            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+            for name, tensor in given.items()
+            if torch.is_tensor(tensor)
+        }
+        logits = model(**given).logits[:, -1].float()  # padding stands on the left
+        return logits.softmax(1)[:, self.answer].cpu()
+
+    def _asked(self, caption: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": self.question.format(caption)}]
+        asked: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        return asked
+
+
+def load_vqa_score(
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    question: str = QUESTION,
+    answer: str = ANSWER,
+    batch: int = 16,
+) -> VqaScore:
+    """VQAScore from a local folder of a model that reads images and answers (Qwen-VL, LLaVA, ...), with its processor.
+
+    Args:
+        question: {} stands for the caption.
+        answer: whose first token's probability is the score.
+        batch: images that go through the model at a time.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    arguments.check_count("load_vqa_score", "batch", batch)
+    if question.count("{}") != 1:
+        raise ValueError(f"load_vqa_score: the question is {question!r}, expected one {{}} in it, for the caption")
+    model, _ = load_model("load_vqa_score", folder, dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
+    processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    if processor.chat_template is None:
+        raise ValueError(f"load_vqa_score: {folder} has no chat template, by which questions are put to the model")
+    processor.tokenizer.padding_side = "left"
+    tokens = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if not tokens:
+        raise ValueError(f"load_vqa_score: the answer {answer!r} has no tokens")
+    return VqaScore(model.to(device, dtype), processor, question, tokens[0], batch)

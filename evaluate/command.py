@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reference", type=Path, help="folder of real images; by default the miniature's")
     add("--features", type=Path, help="folder of a vision model (DINOv2, DINOv3, CLIP); by default the detector")
     add("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
+    add("--vqa", type=Path, help="folder of a model that reads images and answers, for the VQA score")
     add(
         "--stream",
         type=int,
@@ -88,6 +89,7 @@ class Settings:
     reference: Path | None = None
     features: Path | None = None
     clip: Path | None = None
+    vqa: Path | None = None
     stream: int = STREAM
     dtype: str | None = None
     device: str | None = None
@@ -191,7 +193,9 @@ def _captions(settings: Settings) -> list[str]:
 
 def _judge(settings: Settings, device: str) -> tuple[Judge, Drawn | None]:
     """The judge, and real images to be judged as well, where there are enough of them."""
-    from .alignment import load_clip_score
+    import torch
+
+    from .alignment import load_clip_score, load_vqa_score
     from .features import MiniatureFeatures, load_features
     from .study import Judge, features_of
     from .subjects import IMAGES, Drawn, read_images, to_bytes
@@ -201,6 +205,9 @@ def _judge(settings: Settings, device: str) -> tuple[Judge, Drawn | None]:
     if settings.clip is not None:
         clip = load_clip_score(settings.clip, device=device)
         scores["clip_score"] = clip.scores
+    if settings.vqa is not None:
+        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        scores["vqa_score"] = load_vqa_score(settings.vqa, device=device, dtype=dtype).scores
     if not settings.is_miniature:
         assert settings.reference is not None and settings.features is not None
         network = load_features(settings.features, device=device)

@@ -41,6 +41,7 @@ METRICS = {
     "frechet": Metric("Frechet", "less", "distance of features to those of as many real images"),
     "aligned": Metric("aligned", "more", "images that show all that their caption says"),
     "clip_score": Metric("CLIP", "more", "100 cos of image and caption"),
+    "vqa_score": Metric("VQA", "more", "probability of Yes to: does it show the caption?"),
     "psnr": Metric("clean, dB", "more", "distance to the drawing of what is seen: how cleanly it is drawn"),
     "precision": Metric("precision", "more", "images that lie among real ones"),
     "density": Metric("density", "more", "how many real images' balls an image lies in, over k"),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 
+from tests.zoo.tiny_encoders import tokenizer
+
 PIXELS = 32
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": PIXELS, "patch_size": 8}
 
@@ -38,12 +40,33 @@ def clip(folder: Path) -> Any:
     return model
 
 
-def _saved(kind: Any, config: Any, folder: Path, processor: Any) -> Any:
+def llava(folder: Path, template: str | None = "") -> Any:
+    """LLaVA on bytes, whose Yes is the token of Y."""
+    vision = transformers.CLIPVisionConfig(**SMALL, intermediate_size=48)
+    names = tokenizer()
+    names.add_tokens(["<image>"], special_tokens=True)
+    names.pad_token, names.chat_template = names.eos_token, None
+    text = transformers.Qwen3Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, vocab_size=len(names),
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=names.convert_tokens_to_ids("<image>")
+    )
+    ask = "{% for m in messages %}{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}"
+    processor = transformers.LlavaProcessor(
+        _clip(), names, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=ask + "{% endfor %}A:" if template == "" else template,
+    )  # fmt: skip
+    return _saved(transformers.LlavaForConditionalGeneration, config, folder, processor, std=0.8)
+
+
+def _saved(kind: Any, config: Any, folder: Path, processor: Any, std: float = 0.2) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = kind(config).eval()
         for parameter in model.parameters():  # the library's own start is so small that all images look alike
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=std)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model

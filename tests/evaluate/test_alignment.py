@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.evaluate import folders
 from tests.evaluate.test_features import smooth
-from twostep.evaluate import MiniatureAlignment, load_clip_score
+from twostep.evaluate import MiniatureAlignment, load_clip_score, load_vqa_score
 from twostep.evaluate.preprocessing import read_preprocessing
 from twostep.zoo.miniature import detector, render, samples, scenes
 
@@ -57,6 +58,40 @@ def test_clip_scores_are_those_of_transformers(tmp_path: Path) -> None:
     # An embedding turned round turns the cosines' signs, and one below 0 counts as 0.
     score.model.visual_projection.weight.neg_()
     torch.testing.assert_close(score.scores(images, captions), -100 * cosines.clamp_max(0), rtol=1e-4, atol=1e-3)
+
+
+def test_vqa_scores_are_the_probability_of_yes(tmp_path: Path) -> None:
+    model = folders.llava(tmp_path)
+    images, captions = smooth(0, 5, 40, 32), ["a cat", "red", "a very green dog", "a", "b c d"]
+    score = load_vqa_score(tmp_path, batch=2)
+    found = score.scores(images, captions)
+    # The oracle: one image with one caption at a time, put together by hand; each patch is a token.
+    names, places = score.processor.tokenizer, (32 // 8) ** 2
+    expected = []
+    for image, caption in zip(images, captions, strict=True):
+        text = "<image>" * places + f'Does this figure show "{caption}"? Please answer yes or no.A:'
+        seen = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        pixels = score.processor.image_processor(Image.fromarray(seen.permute(1, 2, 0).numpy()), return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**names(text, return_tensors="pt"), **pixels).logits[0, -1]
+        expected.append(logits.softmax(0)[names.convert_tokens_to_ids("Y")])
+    true = torch.stack(expected)
+    assert true.std() > 0.1 * true.mean(), "all pairs look alike: the test sees nothing"
+    torch.testing.assert_close(found, true, rtol=1e-3, atol=0)
+    assert score(images, captions) == {"vqa_score": pytest.approx(float(found.double().mean()))}
+    other = load_vqa_score(tmp_path, question="Is this {}?", answer="N").scores(images, captions)
+    assert not torch.allclose(other, found)
+
+
+def test_vqa_mistakes_are_named(tmp_path: Path) -> None:
+    folders.llava(tmp_path / "mute", template=None)
+    with pytest.raises(ValueError, match="no chat template"):
+        load_vqa_score(tmp_path / "mute")
+    folders.clip(tmp_path / "clip")
+    with pytest.raises(ValueError, match="holds a model of type 'clip', known are"):
+        load_vqa_score(tmp_path / "clip")
+    with pytest.raises(ValueError, match=r"expected one \{\} in it"):
+        load_vqa_score(tmp_path / "mute", question="Is it?")
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
