@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="in pixels; by default what the models are made for")
     add("--prompts", type=Path, help="captions, one a line (.txt), or .jsonl or .parquet; by default the miniature's")
     add("--reference", type=Path, help="folder of real images; by default the miniature's")
-    add("--features", type=Path, help="folder of a vision model (DINOv2, DINOv3, CLIP); by default the detector")
+    add(
+        "--features",
+        type=Path,
+        help="DINOv2, DINOv3, CLIP, or inception-2015-12-05.pt; by default the detector",
+    )
     add("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
     add("--vqa", type=Path, help="folder of a model that reads images and answers, for the VQA score")
     add(

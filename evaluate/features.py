@@ -5,6 +5,8 @@ a local folder of transformers:
 
     dinov2, dinov2_with_registers, dinov3_vit     the class token after the last norm
     clip, clip_vision_model                       the projected image embedding, before it is normalised
+
+or the Inception network of FID in the form that StyleGAN3 and clean-fid use: a file inception-2015-12-05.pt.
 """
 
 from __future__ import annotations
@@ -118,13 +120,16 @@ def load_features(
     dtype: torch.dtype = torch.float32,
     batch: int = 64,
 ) -> ModelFeatures:
-    """A feature network from a local folder: config.json, safetensors and preprocessor_config.json.
+    """A feature network from a local folder: config.json, safetensors and preprocessor_config.json; or FID's Inception
+    network from its file inception-2015-12-05.pt, a TorchScript, which is a program: take it from whom you trust.
 
     Args:
         dtype: of the model; features are float32. A reference must have been made in the same one.
         batch: images that go through the model at a time.
     """
     arguments.check_count("load_features", "batch", batch)
+    if Path(folder).suffix == ".pt":
+        return _inception(Path(folder).expanduser(), torch.device(device), dtype, batch)
     model, kind = load_model("load_features", folder, VISION)
     model.to(device, dtype)
     embed: Callable[[Tensor], Tensor]
@@ -141,6 +146,27 @@ def load_features(
 
     name = f"{kind} {Path(folder).resolve().name}, {str(dtype).removeprefix('torch.')}"
     return ModelFeatures(name, width, embed, read_preprocessing(folder), dtype, torch.device(device), batch)
+
+
+INCEPTION = 2048  # features of the last pooling layer
+
+
+def _inception(file: Path, device: torch.device, dtype: torch.dtype, batch: int) -> ModelFeatures:
+    """It resizes (as TensorFlow 1 did) and normalises by itself, from pixels of 0 to 255."""
+    if not file.is_file():
+        raise ValueError(f"load_features: there is no {file}; give a folder, or a file inception-2015-12-05.pt")
+    if dtype != torch.float32:
+        raise ValueError(f"load_features: dtype is {dtype}, and FID is defined by its Inception network in float32")
+    model = torch.jit.load(file, map_location=device).eval()
+
+    def embed(pixels: Tensor) -> Tensor:
+        features: Tensor = model((pixels * 255).round().to(torch.uint8), return_features=True)
+        if features.dim() != 2 or features.shape[1] != INCEPTION:
+            raise ValueError(f"load_features: {file} gives {list(features.shape)}, expected [n, {INCEPTION}]")
+        return features
+
+    as_it_is = Preprocessing(size=None, resample="bilinear", crop=None, mean=(0.0,) * 3, std=(1.0,) * 3)
+    return ModelFeatures("inception-2015-12-05", INCEPTION, embed, as_it_is, dtype, device, batch)
 
 
 VISION = {

@@ -159,3 +159,35 @@ def test_a_folder_that_lacks_weights_is_not_filled_with_random_ones(tmp_path: Pa
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 weights of Dinov2Model \(layernorm\.weight"):
         load_features(tmp_path)
+
+
+class Inception(torch.nn.Module):
+    """What is asked of inception-2015-12-05.pt: pixels of 0 to 255 in, 2048 features out."""
+
+    def __init__(self, width: int = 2048) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.linear = torch.nn.Linear(3, width)
+
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        assert images.dtype == torch.uint8 and return_features
+        return self.linear(images.float().mean((2, 3)))
+
+
+def test_fids_network_is_given_whole_pixels(tmp_path: Path) -> None:
+    network, file = Inception().eval(), tmp_path / "inception-2015-12-05.pt"
+    torch.jit.script(network).save(file)
+    images = smooth(1, 5, 40, 32)
+    found = load_features(file, batch=2)
+    assert found.name == "inception-2015-12-05" and found.width == 2048
+    pixels = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in as_files(images)])
+    with torch.no_grad():
+        torch.testing.assert_close(found(images), network(pixels, return_features=True))
+    with pytest.raises(ValueError, match="in float32"):
+        load_features(file, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"there is no .*other\.pt"):
+        load_features(tmp_path / "other.pt")
+    torch.jit.script(Inception(8)).save(tmp_path / "narrow.pt")
+    with pytest.raises(ValueError, match=r"gives \[2, 8\], expected \[n, 2048\]"):
+        load_features(tmp_path / "narrow.pt", batch=2)(images)
