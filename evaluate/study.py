@@ -57,6 +57,8 @@ class Judge:
     variety: FeatureNetwork
     scores: Callable[[Tensor, Sequence[str]], dict[str, Tensor]]  # of each image
     real: Tensor  # features of real images, at least as many as are judged
+    # Features [N, F] to what Frechet distances take for samples, [N, S, G]: by default an image is one.
+    samples: Callable[[Tensor], Tensor] = lambda features: features[:, None]
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def measure(
     if len(judge.real) < count:
         raise ValueError(f"{name}: {count} images, and {len(judge.real)} real ones to compare them with: give as many")
     seen, scores = _look(drawn, judge.features, judge.scores)
-    metrics = _quality(seen, judge.real[:count], generator)
+    metrics = _quality(seen, judge.real[:count], judge.samples, generator)
     for what, values in scores.items():
         metrics[what] = bootstrap(torch.mean, values.double(), generator=generator)
     if varied is not None:
@@ -125,16 +127,18 @@ def _look(
     return torch.cat(seen), {what: torch.cat([part[what].cpu() for part in found]) for what in found[0]}
 
 
-def _quality(fake: Tensor, real: Tensor, generator: torch.Generator) -> dict[str, Interval]:
+def _quality(
+    fake: Tensor, real: Tensor, samples: Callable[[Tensor], Tensor], generator: torch.Generator
+) -> dict[str, Interval]:
     precise, inside = balls_around(real, fake, k=NEIGHBOURS)
-    gaussian = Gaussian.of_features(real)
+    gaussian, drawn = Gaussian.of_features(samples(real).flatten(0, 1)), samples(fake)
     numbers = torch.arange(len(fake))
 
     def interval(statistic: Callable[[Tensor], float | Tensor], recentre: bool = False) -> Interval:
         return bootstrap(statistic, numbers, generator=generator, resamples=RESAMPLES, recentre=recentre)
 
     return {
-        "frechet": interval(lambda rows: frechet_distance(fake[rows], gaussian), recentre=True),
+        "frechet": interval(lambda rows: frechet_distance(drawn[rows].flatten(0, 1), gaussian), recentre=True),
         "precision": interval(lambda rows: precise[rows].double().mean()),
         "density": interval(lambda rows: int(inside[rows].sum()) / (NEIGHBOURS * len(rows))),
         "coverage": interval(lambda rows: inside[rows].any(0).double().mean(), recentre=True),

@@ -47,6 +47,19 @@ def test_the_miniatures_features_are_what_the_detectors_heads_read(layout: str, 
     torch.testing.assert_close(read, expected if layout == "each" else expected.mean(1, keepdim=True))
 
 
+def test_an_images_cells_are_samples_of_what_stands_in_one() -> None:
+    images = samples(seed=3, start=0, count=5).images
+    network = MiniatureFeatures(DETECTOR, "each")
+    cells = network.cells_of(network(images))
+    logits = DETECTOR(images)
+    read = DETECTOR.cells[2](cells[:, :, :128].reshape(45, 128, 1, 1)).view(5, 9, -1)
+    torch.testing.assert_close(read[..., 0], logits.occupied)
+    torch.testing.assert_close(read[..., 1:9], logits.shape)
+    torch.testing.assert_close(DETECTOR.background(cells[:, 4, 128:]), logits.background)
+    with pytest.raises(ValueError, match="in layout 'each', and this is 'mean'"):
+        MiniatureFeatures(DETECTOR).cells_of(torch.zeros(1, 224))
+
+
 def test_only_the_cells_one_by_one_see_where_things_stand() -> None:
     known = scenes(0, 0, 2000)
     alone = (known.count == 1) & (known.shape[:, 0] == 0) & (known.background == 0) & (known.size[:, 0] == 1)

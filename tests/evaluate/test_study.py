@@ -158,6 +158,20 @@ def test_every_number_is_that_of_the_metric_itself(judge: Judge) -> None:
         measure("drawn", drawings(0, 400), None, judge)
 
 
+def test_parts_of_images_may_be_frechets_samples(judge: Judge) -> None:
+    each = judge.variety
+    assert isinstance(each, MiniatureFeatures)
+    drawn = drawings(0, 100)
+    real, fake = each(drawings(500, 100).pixels()), each(drawn.pixels())
+    by_cells = Judge(each, each, judge.scores, real, each.cells_of)
+    found = measure("drawn", drawn, None, by_cells).metrics
+    true = frechet_distance(each.cells_of(fake).flatten(0, 1), each.cells_of(real).flatten(0, 1))
+    assert found["frechet"].value == pytest.approx(true, rel=1e-9)
+    # Everything else is of whole images.
+    alone = measure("drawn", drawn, None, Judge(each, each, judge.scores, real)).metrics
+    assert found["precision"] == alone["precision"]
+
+
 def test_worse_images_are_found_worse(judge: Judge) -> None:
     good = drawings(0, 200)
     blended = (good.images.int() + good.images.roll(1, 0).int()) // 2

@@ -65,7 +65,7 @@ class Chain:
     steps: Mapping[str, int] | None = None
     ranks: int = 1
     settings: tuple[str, ...] = ()
-    images: int = 500
+    images: int = 2000
 
     def run(self, until: str = STAGES[-1]) -> None:
         for stage in STAGES[: STAGES.index(until) + 1]:

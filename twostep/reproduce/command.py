@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="miniature", help="a folder that holds another miniature (default: the package's own)")
     add("--seeds", type=int, default=3, help="runs of every arm (default: %(default)s)")
     add("--iterations", type=int, help="of every run (default: the experiment's)")
-    add("--images", type=int, default=500, help="images that quality is measured on (default: %(default)s)")
+    add("--images", type=int, default=2000, help="images that quality is measured on (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
