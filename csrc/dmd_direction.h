@@ -1,4 +1,5 @@
-// dmd_direction: the gradient of distribution matching distillation, normalised per sample (DMD2, the released code)
+// dmd_direction: the gradient of distribution matching distillation, normalised per sample
+// (DMD2, arXiv 2405.14867, as its released code has it)
 //
 //   p_real = x - real, p_fake = x - fake          direction = (p_real - p_fake) / mean |p_real|
 //                                                           = (fake - real) / max(mean |x - real|, eps)

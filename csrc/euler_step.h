@@ -1,6 +1,7 @@
 // euler_step: y = x + delta * v            delta is one number, or one number a sample
 //
-// A sampler's step from sigma a to sigma b (delta = b - a), and with delta = -sigma the clean prediction.
+// A sampler's step from sigma a to sigma b (delta = b - a), and with delta = -sigma the clean prediction, of a flow
+// whose velocity is noise - image (flow matching, arXiv 2210.02747).
 //   dx = dy (the caller returns it, nothing is written)        dv = delta * dy
 // x, y and dy are the sampler's state; v and dv belong to the network, and may be bf16 or f16 beside a float32 state.
 //

@@ -4,7 +4,8 @@
 // Backward, g_z the gradient of z found by the second step ("inherited"), g_a the gradient of x_a ("own"):
 //   dv_b = weight * factor_b * (mid - 1) * g_z - g_a
 // in v's dtype with one rounding: the inherited gradient is injected where the first step's own gradient is made.
-// weight is the share that is inherited (1: the exact gradient of the unrolled pair; .1 in Z-Image Turbo++); factor, a
+// weight is the share that is inherited (1: the exact gradient of the unrolled pair; .1 in Z-Image Turbo++, arXiv
+// 2606.12575, appendix A); factor, a
 // number on the device for all samples or for each, is a clip whose value the host need not wait for. Either gradient
 // may be absent.
 //

@@ -208,7 +208,7 @@ def _verify(
     again = Student(written if len(written) > 1 else written * model.steps, model.sigmas)
     probes = Probes(pipeline, model)
     exact, true = probes.images(model), probes.images(again)
-    facts = {"folder": str(new), "prompts": PROMPTS, "settings": probes.settings}
+    facts: dict[str, Any] = {"folder": str(new), "prompts": PROMPTS, "settings": probes.settings}
     facts |= {"quantized": quantization is not None, "dtype": str(dtype).removeprefix("torch.")}
     what = "stock diffusers could not run the folder"
     noise = probes.noise

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("overrides", nargs="*", metavar="key=value", help="settings over the recipe's, such as iterations=400")
     add("--out", type=Path, default=Path("runs/demo"), help="where everything is put (default: %(default)s)")
     add("--model", default="miniature", help="a folder that holds another miniature (default: the package's own)")
-    add("--images", type=int, default=2000, help="images that quality is measured on (default: %(default)s)")
+    add("--images", type=int, default=1200, help="images that quality is measured on (default: %(default)s)")
     add("--web", action="store_true", help="no training: a page on which the teacher and the student of OUT draw")
     add("--port", type=int, default=7860, help="of the page (default: %(default)s)")
     add("--host", default="127.0.0.1", help="that the page listens on; 0.0.0.0 for all (default: %(default)s)")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from twostep import losses
 
-from .gaussians import gaussian, normal_quadrature
+from .gaussians import gaussian, normal_quadrature, two_modes
 
 F = {
     "reverse_kl": lambda r: -r.log(),
@@ -29,18 +29,25 @@ def test_weight_is_r_squared_times_f_twice_differentiated(divergence: str) -> No
     torch.testing.assert_close(losses.f_divergence_weight(logit, divergence), r**2 * second, rtol=1e-9, atol=1e-12)
 
 
+TEACHERS = {
+    "N(.4, .8)": gaussian(torch.tensor([0.4], dtype=torch.float64), torch.tensor([[0.8]], dtype=torch.float64)),
+    "two modes": two_modes(),
+}
+
+
 @EACH
-def test_weighted_dmd_descends_the_divergence(divergence: str) -> None:
-    """Student N(m, s^2), teacher N(.4, .8): the gradient of D_f(p_sigma || q_sigma) by quadrature over x_sigma."""
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_weighted_dmd_descends_the_divergence(divergence: str, teacher: str) -> None:
+    """Of a student N(m, s^2): the gradient of D_f(p_sigma || q_sigma) by quadrature over x_sigma."""
     sigma = 0.5
     mean = torch.tensor(-0.1, dtype=torch.float64, requires_grad=True)
     spread = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
-    real = gaussian(torch.tensor([0.4], dtype=torch.float64), torch.tensor([[0.8]], dtype=torch.float64))
+    real = TEACHERS[teacher]
 
     def student(m: Tensor, s: Tensor):
         return gaussian(m[None], (s**2)[None, None])
 
-    nodes, probability = normal_quadrature(40, 2)
+    nodes, probability = normal_quadrature(80, 2)
     z, noise = nodes.chunk(2, 1)
     x = mean + spread * z
     x_sigma = ((1 - sigma) * x + sigma * noise).detach()

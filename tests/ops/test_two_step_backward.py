@@ -148,9 +148,10 @@ def test_random_numbers_in_the_losses_are_those_of_one_graph(mode: str) -> None:
 @every_mode
 @pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
 @pytest.mark.parametrize("around", ["everything", "first"])
-def test_equals_one_graph_under_autocast(mode: str, shared: bool, around: str) -> None:
-    first = Steps(dropout=0.3)
-    second = first if shared else Steps(dropout=0.3)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_equals_one_graph_under_autocast(mode: str, shared: bool, around: str, checkpointed: bool) -> None:
+    first = Steps(dropout=0.3, checkpointed=checkpointed)
+    second = first if shared else Steps(dropout=0.3, checkpointed=checkpointed)
     eps, leaves = steps.noise(), parameters(first, second)
 
     def in_bfloat16(x: Tensor) -> Tensor:
@@ -298,20 +299,24 @@ def test_reentrant_checkpoints(mode: str, shared: bool) -> None:
     assert_same(_after_seed(lambda: _unroll(first, second, eps, mode), leaves), expected)
 
 
-def _adapted(names: tuple[str, ...]) -> nn.Module:
+def _adapted(names: tuple[str, ...], **settings: Any) -> nn.Module:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=2, lora_alpha=4, target_modules=r"blocks\.\d\.[14]", lora_dropout=0.2, init_lora_weights=False
     )
-    model = peft.get_peft_model(Steps(), config, adapter_name=names[0])
+    whole = Steps(**settings)
+    model = peft.get_peft_model(whole, config, adapter_name=names[0], autocast_adapter_dtype=False)
     for name in names[1:]:
         model.add_adapter(name, config)
     return model
 
 
 @every_mode
-def test_one_adapter_for_both_steps(mode: str) -> None:
-    model, eps = _adapted(("both",)), steps.noise()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_one_adapter_for_both_steps(mode: str, dtype: torch.dtype, checkpointed: bool) -> None:
+    model = _adapted(("both",), checkpointed=checkpointed).to(dtype)
+    eps = steps.noise().to(dtype)
     leaves = parameters(model)
     expected = _after_seed(lambda: by_hand(model, model, eps)[0].backward(), leaves, 2)
     assert_same(_after_seed(lambda: _unroll(model, model, eps, mode), leaves, 2), expected)

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from twostep import ops
+from twostep.ops import two_step_offload
 
 from . import unrolled_steps as steps
 from .unrolled_steps import SIGMAS, Steps, assert_same, by_hand, final_loss, first_loss, parameters, taken
@@ -36,7 +38,7 @@ class Noisy(nn.Module):
         self.net, self.generator = Steps(), generator
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) * (1 + 0.1 * torch.randn(x.shape, generator=self.generator))
+        return self.net(x) * (1 + 0.1 * torch.randn(x.shape, generator=self.generator, device=x.device))
 
 
 class Counting(nn.Module):
@@ -221,15 +223,31 @@ def test_separate_parameters_are_accumulated_as_soon_as_they_can_be() -> None:
         assert order == (["loss", "second", "first"] if waits else ["second", "loss", "first"])
 
 
-@every_mode
-def test_offload_changes_nothing(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["retain", "recompute"])
+def test_offload_changes_nothing_but_where_tensors_wait(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has no other memory; with copies for the host's, none of what waits is kept where it was made."""
     net, eps = Steps(dropout=0.3), steps.noise()
+    there: list[StorageWeakRef] = []
+    alive: list[int] = []
+
+    def to_host(t: Tensor) -> Tensor:
+        there.append(StorageWeakRef(t.untyped_storage()))
+        return t.clone()
+
+    def loss(x: Tensor) -> Tensor:
+        alive.append(sum(not storage.expired() for storage in there))
+        return first_loss(x)
+
     found = []
+    monkeypatch.setattr(two_step_offload, "to_host", to_host)
     for offload in (False, True):
         torch.manual_seed(4)
-        result = _unroll(net, net, eps, mode, offload=offload, verify=True)
+        result = ops.two_step_backward(
+            net, net, eps, SIGMAS, loss, final_loss, mode=mode, offload=offload, verify=mode == "recompute"
+        )
         found.append([*taken(parameters(net)), result.x, result.z, result.x_A])
     assert_same(found[0], found[1])
+    assert len(there) == (2 if mode == "retain" else 3) and alive == [0, 0]  # x, the inherited gradient; v0
 
 
 @every_mode
@@ -449,3 +467,30 @@ def test_on_a_gpu_modes_agree_bit_for_bit(mode: str, dtype: torch.dtype) -> None
         run()
         found.append([*taken(parameters(net)), torch.cuda.get_rng_state()])
     assert_same(found[1], found[0])
+
+
+@pytest.mark.gpu
+@every_mode
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_on_a_gpu_everything_together(mode: str, checkpointed: bool) -> None:
+    """A generator on the device, autocast, a gradient scaler and checkpointed blocks."""
+    generator = torch.Generator("cuda")
+    net, eps = Noisy(generator).cuda(), steps.noise(device="cuda")
+    net.net.checkpointed = checkpointed
+    found = []
+    for kind in ("plain", mode):
+        scaler = torch.amp.GradScaler("cuda", init_scale=64.0)
+        generator.manual_seed(8)
+        with torch.autocast("cuda", torch.bfloat16):
+            _unroll(net, net, eps, kind, generators=(generator,), scaler=scaler, offload=True, inherit=0.5)
+        found.append([*taken(parameters(net)), generator.get_state()])
+    assert_same(found[1], found[0])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_waits_is_in_pinned_memory() -> None:
+    t = torch.randn(1 << 20, device="cuda")
+    host = two_step_offload.to_host(t)
+    torch.cuda.synchronize()
+    assert host.is_pinned() and torch.equal(host, t.cpu())
+    assert torch.equal(two_step_offload.to_device(host, t.device), t)

@@ -28,11 +28,13 @@ BLOCKS, WIDTH = 4, 16
 
 
 class Net(nn.Module):
-    def __init__(self, seed: int, dtype: torch.dtype, checkpointed: bool = False) -> None:
+    def __init__(self, seed: int, dtype: torch.dtype, checkpointed: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
         self.checkpointed = checkpointed
         torch.manual_seed(seed)
-        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(BLOCKS)))
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(dropout)) for _ in range(BLOCKS))
+        )
         self.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,6 +155,31 @@ class Findings:
                 ((final_loss(x) + first_loss(noise - v0)) / world).backward()
         return gradients(alone)  # type: ignore[arg-type]
 
+    def options(self, kind: str) -> None:
+        """Dropout, a share of the gradient that is clipped, verification, offload: recompute's distance to plain."""
+        wrap = {"ddp": ddp, "fsdp": sharded}[kind]
+        noise = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(self.rank))
+        modules = [wrap(Net(seed, torch.float32, dropout=0.3)) for seed in (1, 2)]
+        results = []
+        for options in ({"mode": "plain"}, {"verify": True, "offload": True}, {"first_pass": "grad"}):
+            torch.manual_seed(10 + self.rank)
+            ops.two_step_backward(
+                *modules,
+                noise,
+                SIGMAS,
+                first_loss,
+                final_loss,
+                inherit=0.3,
+                clip=1e-3,
+                **options,  # type: ignore[arg-type]
+            )
+            results.append(gradients(modules))
+        for module in modules:
+            module.eval()
+        ops.two_step_backward(*modules, noise, SIGMAS, first_loss, final_loss, mode="plain")  # type: ignore[arg-type]
+        without = gradients(modules)
+        self.found[f"options {kind}"] = [distance(result, results[0]) for result in [*results[1:], without]]
+
     def functions_need_modules(self) -> None:
         net = sharded(Net(1, torch.float32))
         noise = torch.randn(3, WIDTH)
@@ -204,6 +231,7 @@ def main() -> None:
         findings.compare(kind)
         findings.compare(kind, dtype=torch.float64, calls=1 if kind == "fsdp" else 2)
         findings.compare(kind, checkpointed=True)
+        findings.options(kind)
     findings.functions_need_modules()
     findings.ddp_that_accumulates()
     dist.barrier()

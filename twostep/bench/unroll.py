@@ -2,8 +2,8 @@
 
 Memory is measured as peaks within one call, parameters, their gradients and the noise left out:
 
-    saved   bytes that autograd holds for backward, each storage once. Only without block checkpointing, which keeps its
-            tensors by hooks of its own.
+    saved   bytes that autograd holds for backward, each storage once. Of a checkpointed block that is its input:
+            what it computes again in backward goes by hooks of its own, and is seen in live alone.
     live    all tensors made since the call began. On CUDA, the allocator's peak; on the CPU, where there is no such
             record, a dispatch mode that sees every tensor come and go.
 
@@ -165,7 +165,7 @@ class Row:
     depth: int
     checkpointed: bool
     mode: str
-    saved_bytes: int | None
+    saved_bytes: int
     live_bytes: int
     seconds: float
     first_forwards: int
@@ -237,7 +237,7 @@ def measure(setting: Setting, repetitions: int) -> list[Row]:
         before = work.first.forwards
         live = peak_live_bytes(work, candidate)
         forwards = work.first.forwards - before
-        saved = None if setting.checkpointed else peak_saved_bytes(work, candidate)
+        saved = peak_saved_bytes(work, candidate)
         time_of = statistics.median(seconds[candidate])
         rows.append(Row(setting.depth, setting.checkpointed, candidate, saved, live, time_of, forwards))
     return rows
@@ -263,10 +263,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         unit = single[row.depth, row.checkpointed]
         cells = [str(row.depth), "checkpointed" if row.checkpointed else "kept", row.mode]
-        if row.saved_bytes is None or unit.saved_bytes is None:
-            cells += ["", ""]
-        else:
-            cells += [f"{row.saved_bytes / 1e6:.1f}", f"{row.saved_bytes / unit.saved_bytes:.2f}"]
+        cells += [f"{row.saved_bytes / 1e6:.1f}", f"{row.saved_bytes / unit.saved_bytes:.2f}"]
         cells += [f"{row.live_bytes / 1e6:.1f}", f"{row.live_bytes / unit.live_bytes:.2f}"]
         cells += [f"{row.seconds * 1e3:.0f}", f"{row.seconds / unit.seconds:.2f}", str(row.first_forwards)]
         lines.append(cells)

@@ -1,4 +1,7 @@
-"""The normalised direction of distribution matching distillation. The maths is in csrc/dmd_direction.h."""
+"""The normalised direction of distribution matching distillation (DMD2, arXiv 2405.14867).
+
+The maths is in csrc/dmd_direction.h.
+"""
 
 from __future__ import annotations
 

@@ -249,6 +249,9 @@ class _Unroll:
         return TwoStepResult(first_loss, final_loss, x, x_A, z, self.inheritance.norm, finite)
 
 
+INHERITED = "inherited"  # the gradient of z, that step 1 inherits from step 2
+
+
 def _plain(unroll: _Unroll) -> TwoStepResult:
     z, x_A = unroll.split(unroll.run_first())
     torch.clear_autocast_cache()
@@ -273,11 +276,11 @@ def _retain(unroll: _Unroll, sync: Sync, held: Held) -> TwoStepResult:
     z, x_A = unroll.split(unroll.run_first())
     torch.clear_autocast_cache()
     if unroll.final_loss is None:
-        held.put("z", z)
         held.put("x", _continued(unroll, z))
-        return _first_half(unroll, held, z, x_A, None, None, None)
-    final_loss, inherited, waiting = _second_half(unroll, sync, held, z.detach(), Graph.of(z).leaves)
-    return _first_half(unroll, held, z, x_A, inherited, waiting, final_loss)
+        final_loss = waiting = None
+    else:
+        final_loss, waiting = _second_half(unroll, sync, held, z.detach(), Graph.of(z).leaves)
+    return _first_half(unroll, held, z, x_A, waiting, final_loss)
 
 
 def _recompute(
@@ -302,20 +305,20 @@ def _recompute(
         held.put("v0", v0.clone())  # compiled programs may write their next output where this one stands
     z = unroll.split(v0)[0].detach()
     del v0
-    final_loss, inherited, waiting = _second_half(unroll, sync, held, z, leaves)
-    del z
+    final_loss, waiting = _second_half(unroll, sync, held, z, leaves)
+    del z  # the one that is run again is the same, bit for bit
     torch.clear_autocast_cache()
     with conditions.again():
         again = unroll.run_first()
     if verify:
         check_replay(held.take("v0"), again.detach(), changed, first_pass, bool(uses))
-    return _first_half(unroll, held, *unroll.split(again), inherited, waiting, final_loss)
+    return _first_half(unroll, held, *unroll.split(again), waiting, final_loss)
 
 
 def _second_half(
     unroll: _Unroll, sync: Sync, held: Held, z: Tensor, first_leaves: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor, Waiting | None]:
-    """Step 2 from z, made a leaf, forward and backward: its loss, the gradient of z, and what waits for step 1."""
+) -> tuple[Tensor, Waiting | None]:
+    """Step 2 from z, made a leaf: its loss, and what waits for step 1; x and the gradient of z are held."""
     z.requires_grad_()
     x = unroll.run_second(z)
     loss, root = unroll.run_final_loss(x)
@@ -324,8 +327,10 @@ def _second_half(
     inherited, waiting = second_backward(loss, root, z, sync, first_leaves)
     assert inherited is not None  # the loss reaches x, and x is z + ...
     unroll.inheritance.measure(inherited)
-    held.put("z", z)
-    return loss.detach(), inherited, waiting
+    z.grad = None
+    if unroll.inheritance.weight != 0:
+        held.put(INHERITED, inherited)
+    return loss.detach(), waiting
 
 
 def _first_half(
@@ -333,14 +338,13 @@ def _first_half(
     held: Held,
     z: Tensor,
     x_A: Tensor,
-    inherited: Tensor | None,
     waiting: Waiting | None,
     final_loss: Tensor | None,
 ) -> TwoStepResult:
     """Step 1's backward, from its own loss and, through the z that it made, from what it inherits."""
     first = unroll.run_first_loss(x_A)
     roots = [] if first is None else [first]
-    if inherited is not None and unroll.inheritance.weight != 0:
-        roots.append((z, inherited))
+    if held.has(INHERITED):
+        roots.append((z, held.take(INHERITED)))
     last_backward(roots, waiting)
-    return unroll.result(held.take("z"), held.take("x"), x_A.detach(), first and first[0], final_loss)
+    return unroll.result(z.detach(), held.take("x"), x_A.detach(), first and first[0], final_loss)

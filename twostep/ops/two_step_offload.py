@@ -32,5 +32,8 @@ class Held:
     def put(self, name: str, t: Tensor) -> None:
         self._tensors[name] = to_host(t.detach()) if self._offload else t.detach()
 
+    def has(self, name: str) -> bool:
+        return name in self._tensors
+
     def take(self, name: str) -> Tensor:
         return to_device(self._tensors.pop(name), self._device)

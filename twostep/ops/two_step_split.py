@@ -1,6 +1,6 @@
 """z = noise + (mid - 1) * v and x_a = noise - v, and the backward that injects an inherited gradient.
 
-The maths and the bytes are in csrc/two_step_split.h.
+Z-Image Turbo++'s memory-efficient update, arXiv 2606.12575. The maths and the bytes are in csrc/two_step_split.h.
 """
 
 from __future__ import annotations

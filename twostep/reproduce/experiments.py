@@ -47,7 +47,13 @@ class Experiment:
 
 
 # Every distilled arm's: what a hundred iterations allow. The papers' are 5 to 1, and averages of thousands.
-SHORT = ("batch=16", "method.guidance_per_generator=2", "guidance.scale=3", "ema=0.95")
+SHORT = (
+    "batch=16",
+    "method.guidance_per_generator=2",
+    "guidance.scale=3",
+    "optimizers.generator.decay=cosine",
+    "ema=0.95",
+)
 _WEIGHTS = ("guidance.weights.generator_gan=0.03", "guidance.weights.discriminator=0.01")
 
 
@@ -92,7 +98,7 @@ TURBO_PP = Experiment(
         *(Claim(*pair, metric) for metric in ("aligned", "psnr", "frechet") for pair in _ORDERINGS),
         Claim("teacher at 8", _FULL, "diversity"),
     ),
-    iterations=100,
+    iterations=150,
     cached=True,
 )
 
@@ -129,7 +135,7 @@ DP_DMD = Experiment(
         Claim("DMD + GAN", "DMD", "diversity"),
         Claim("DP-DMD, weight 1", "DP-DMD, weight .01", "diversity"),
     ),
-    iterations=100,
+    iterations=150,
     cached=True,
     anchor_sigma=0.75,
 )
