@@ -45,9 +45,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         store = self._store.clone() if self.world_size > 1 else None  # a client of its own: the main one may be busy
-        while not self._stop.wait(min(5.0, self.timeout / 10)):
+        pause = min(5.0, self.timeout / 10)
+        woke = looked = time.monotonic()
+        while not self._stop.wait(pause):
             count, doing, since, patience = self._mine
-            still = time.monotonic() - since
+            now = time.monotonic()
+            if now - looked > 3 * pause:  # this thread was not run either: the process was suspended, and goes on
+                woke = now
+            looked = now
+            still = now - max(since, woke)
             if still <= self.timeout * patience:
                 continue
             others = {} if store is None else _beats(store, self.world_size)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 
-from twostep.train.watchdog import Watchdog
+import pytest
+
+from twostep.train import watchdog
+from twostep.train.watchdog import HANGS, Watchdog
 
 
 def verdict(beats: dict[int, tuple[int, str]], world_size: int = 3) -> str:
@@ -41,3 +44,32 @@ def test_a_beat_in_time_keeps_it_quiet() -> None:
     dog.beat("a long save", patience=100)
     time.sleep(0.8)
     dog.stop()
+
+
+class Ended(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("waits", "ends"), [([0.5] * 30, True), ([0.5] * 9 + [1000.0] + [0.5] * 9, False)])
+def test_a_suspended_process_has_not_hung(waits: list[float], ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-Z, or a machine that slept: its own thread was not run either. Then the time-out begins anew."""
+    clock, left = [100.0], iter(waits)
+
+    class Stop:
+        def wait(self, pause: float) -> bool:
+            clock[0] += next(left, 0.0)
+            return clock[0] == 100.0 + sum(waits)
+
+    def leave(status: int) -> None:
+        assert status == HANGS
+        raise Ended
+
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    dog = Watchdog(0, 1, 5.0)
+    monkeypatch.setattr(dog, "_stop", Stop())
+    if ends:
+        with pytest.raises(Ended):
+            dog._watch()
+    else:
+        dog._watch()
