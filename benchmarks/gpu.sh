@@ -4,10 +4,12 @@
 #   benchmarks/gpu.sh OUTDIR
 #
 # Builds against the torch that `python3` has (PYTHON=... chooses another), runs the GPU tests, compute-sanitizer over
-# every kernel, the kernel table, the models beside stock diffusers and the two-step backward's memory. It needs no network: wheels of missing packages and of peers (liger-kernel, quack,
-# diffusers, ...) are taken from the folder WHEELS (default: wheels/, then .whl/), if there is one. Every stage has a time
-# limit and leaves its log in OUTDIR; a stage that fails does not stop the next, and the exit status is the number of
-# stages that failed. STAGES="build kernels" runs only those (of: build tests sanitizer kernels models unroll).
+# every kernel, the kernel table, the models beside stock diffusers, exported forms beside the teacher, and the memory of
+# the two-step backward and of the stash. It needs no network: wheels of missing packages and of peers (liger-kernel,
+# quack, diffusers, ...) are taken from the folder WHEELS (default: wheels/, then .whl/), if there is one. Every stage has
+# a time limit and leaves its log in OUTDIR; a stage that fails does not stop the next, and the exit status is the number
+# of stages that failed. STAGES="build kernels" runs only those (of: build tests sanitizer models unroll stash forms
+# kernels).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -eq 1 ] || { echo "usage: benchmarks/gpu.sh OUTDIR" >&2; exit 64; }
