@@ -5,9 +5,8 @@
 //   dv_b = weight * factor_b * (mid - 1) * g_z - g_a
 // in v's dtype with one rounding: the inherited gradient is injected where the first step's own gradient is made.
 // weight is the share that is inherited (1: the exact gradient of the unrolled pair; .1 in Z-Image Turbo++, arXiv
-// 2606.12575, appendix A); factor, a
-// number on the device for all samples or for each, is a clip whose value the host need not wait for. Either gradient
-// may be absent.
+// 2606.12575, appendix A); factor, a number on the device for all samples or for each, is a clip whose value the host
+// need not wait for. Either gradient may be absent.
 //
 // Two passes are all that a two-step backward spends here: this forward, and this backward, which is also a function of
 // its own (ops.inject_gradient) for modes that keep no graph between the two. The second step's end is euler_step.

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from twostep.zoo.miniature.detector import Detector, check
 from . import arguments
 from .features import check_miniature_images, clip_image_embedding, load_model
 from .preprocessing import Preprocessing, read_preprocessing
+from .subjects import to_bytes
 
 
 class Alignment(Protocol):
@@ -51,6 +52,15 @@ class MiniatureAlignment:
         }
 
 
+def _in_batches(
+    name: str, score: Callable[[Tensor, Sequence[str]], Tensor], images: Tensor, captions: Sequence[str], batch: int
+) -> Tensor:
+    arguments.check_images(name, images)
+    arguments.check_labels(name, "captions", captions, len(images))
+    starts = range(0, len(images), batch)
+    return torch.cat([score(images[start : start + batch], captions[start : start + batch]) for start in starts])
+
+
 @dataclass(frozen=True)
 class ClipScore:
     """`clip_score`: see the top of the file; `load_clip_score` makes it from a folder."""
@@ -67,10 +77,7 @@ class ClipScore:
     @torch.no_grad()
     def scores(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """[N], float32: of each image."""
-        arguments.check_images("ClipScore", images)
-        arguments.check_labels("ClipScore", "captions", captions, len(images))
-        parts = zip(images.split(self.batch), range(0, len(images), self.batch), strict=True)
-        return torch.cat([self._scores(part, captions[start : start + len(part)]) for part, start in parts])
+        return _in_batches("ClipScore", self._scores, images, captions, self.batch)
 
     def _scores(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         model = self.model
@@ -133,16 +140,17 @@ class VqaScore:
     @torch.no_grad()
     def scores(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """[N], float32: of each image, from 0 to 1."""
-        arguments.check_images("VqaScore", images)
-        arguments.check_labels("VqaScore", "captions", captions, len(images))
-        parts = zip(images.split(self.batch), range(0, len(images), self.batch), strict=True)
-        return torch.cat([self._scores(part, captions[start : start + len(part)]) for part, start in parts])
+        return _in_batches("VqaScore", self._scores, images, captions, self.batch)
 
     def _scores(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        asked = [self._asked(caption) for caption in captions]
+        pixels = to_bytes(images.float()).permute(0, 2, 3, 1).cpu().numpy()
+        asked, start = [self._asked(caption) for caption in captions], self.processor.tokenizer.bos_token
         given = self.processor(
-            text=asked, images=[[Image.fromarray(image)] for image in pixels], padding=True, return_tensors="pt"
+            text=asked,
+            images=[[Image.fromarray(image)] for image in pixels],
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=not (start and asked[0].startswith(start)),  # many templates begin with it
         )
         model = self.model
         given = {

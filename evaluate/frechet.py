@@ -31,24 +31,10 @@ class Gaussian:
     factor: Tensor  # [R, F], float64: factor^T factor is the covariance
 
     @classmethod
-    def of_features(cls, features: Tensor, counts: Tensor | None = None) -> Gaussian:
-        """
-        Args:
-            features: [N, F], N >= 2.
-            counts: [N], how often each of them is there: for resamples of many rows, which are not copied then.
-        """
+    def of_features(cls, features: Tensor) -> Gaussian:
+        """features: [N, F], N >= 2."""
         arguments.check_features("Gaussian.of_features", "features", features, least=2)
         rows = features.detach().double()
-        if counts is not None:
-            if counts.shape != rows.shape[:1] or (total := int(counts.sum())) < 2 or bool((counts < 0).any()):
-                raise ValueError(
-                    f"Gaussian.of_features: counts has shape {list(counts.shape)}, expected [{len(rows)}], none of "
-                    f"them below 0 and at least 2 in all"
-                )
-            counted = counts.to(rows)[:, None]
-            mean = (rows * counted).sum(0) / total
-            centred = (rows - mean) * (counted / (total - 1)).sqrt()
-            return cls.of_moments(mean, centred.T @ centred)
         mean = rows.mean(0)
         centred = (rows - mean) / (len(rows) - 1) ** 0.5
         return cls(mean, torch.linalg.qr(centred, mode="r").R)

@@ -132,20 +132,13 @@ def _quality(
 ) -> dict[str, Interval]:
     precise, inside = balls_around(real, fake, k=NEIGHBOURS)
     gaussian, drawn = Gaussian.of_features(samples(real).flatten(0, 1)), samples(fake)
-    every, each = drawn.flatten(0, 1), drawn.shape[1]
     numbers = torch.arange(len(fake))
 
     def interval(statistic: Callable[[Tensor], float | Tensor], recentre: bool = False) -> Interval:
         return bootstrap(statistic, numbers, generator=generator, resamples=RESAMPLES, recentre=recentre)
 
-    def distance(rows: Tensor) -> float:
-        if len(every) < 4 * every.shape[1]:
-            return frechet_distance(drawn[rows].flatten(0, 1), gaussian)
-        counts = torch.bincount(rows, minlength=len(drawn)).repeat_interleave(each)  # an image's samples go together
-        return frechet_distance(Gaussian.of_features(every, counts), gaussian)
-
     return {
-        "frechet": interval(distance, recentre=True),
+        "frechet": interval(lambda rows: frechet_distance(drawn[rows].flatten(0, 1), gaussian), recentre=True),
         "precision": interval(lambda rows: precise[rows].double().mean()),
         "density": interval(lambda rows: int(inside[rows].sum()) / (NEIGHBOURS * len(rows))),
         "coverage": interval(lambda rows: inside[rows].any(0).double().mean(), recentre=True),

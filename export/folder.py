@@ -69,7 +69,8 @@ def export_folder(
     index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
     stock, file, own = _family(model, index)
     parts = 0 if link else sum(bytes_in(pipeline / part) for part in OTHER_PARTS)
-    check_space(target.parent, source.parameters * dtype.itemsize + parts)
+    both = dtype.itemsize + (quantization is not None)  # what is quantized stands beside what it is made from
+    check_space(target.parent, source.parameters * both + parts)
     with new_folder(target) as new:
         _write_networks(model, new, dtype, max_shard_size, quantization)
         for part in OTHER_PARTS:

@@ -33,6 +33,10 @@ COMMANDS = {
 OF_TORCHAO = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
+def _worse_than_a_warning(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.WARNING
+
+
 def make_parser(chosen: str | None) -> argparse.ArgumentParser:
     """The parser, with the arguments of the chosen command alone filled in."""
     parser = argparse.ArgumentParser(prog="twostep", description="Two-step text-to-image models and their kernels.")
@@ -58,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     for name in OF_TORCHAO:
-        logging.getLogger(name).addFilter(lambda record: record.levelno > logging.WARNING)
+        logging.getLogger(name).addFilter(_worse_than_a_warning)  # again and again is once
     status = importlib.import_module(COMMANDS[parsed.command][0]).run(parsed)
     return int(status)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 from tests.zoo.tiny_encoders import tokenizer
 
@@ -40,12 +41,16 @@ def clip(folder: Path) -> Any:
     return model
 
 
-def llava(folder: Path, template: str | None = "") -> Any:
-    """LLaVA on bytes, whose Yes is the token of Y."""
+def llava(folder: Path, template: str | None = "", start: bool = False) -> Any:
+    """LLaVA on bytes, whose Yes is the token of Y. With `start` a token begins every text, and the template too."""
     vision = transformers.CLIPVisionConfig(**SMALL, intermediate_size=48)
     names = tokenizer()
     names.add_tokens(["<image>"], special_tokens=True)
     names.pad_token, names.chat_template = names.eos_token, None
+    if start:
+        names.bos_token = "<|im_start|>"
+        token = (names.bos_token, names.bos_token_id)
+        names.backend_tokenizer.post_processor = TemplateProcessing(single=f"{token[0]} $A", special_tokens=[token])
     text = transformers.Qwen3Config(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         head_dim=16, vocab_size=len(names),
@@ -56,7 +61,7 @@ def llava(folder: Path, template: str | None = "") -> Any:
     ask = "{% for m in messages %}{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}"
     processor = transformers.LlavaProcessor(
         _clip(), names, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=ask + "{% endfor %}A:" if template == "" else template,
+        chat_template="<|im_start|>" * start + ask + "{% endfor %}A:" if template == "" else template,
     )  # fmt: skip
     return _saved(transformers.LlavaForConditionalGeneration, config, folder, processor, std=0.8)
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.evaluate import folders
 from tests.evaluate.test_features import smooth
-from twostep.evaluate import MiniatureAlignment, load_clip_score, load_vqa_score
+from twostep.evaluate import MiniatureAlignment, VqaScore, load_clip_score, load_vqa_score
 from twostep.evaluate.preprocessing import read_preprocessing
 from twostep.zoo.miniature import detector, render, samples, scenes
 
@@ -60,20 +60,29 @@ def test_clip_scores_are_those_of_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(score.scores(images, captions), -100 * cosines.clamp_max(0), rtol=1e-4, atol=1e-3)
 
 
-def test_vqa_scores_are_the_probability_of_yes(tmp_path: Path) -> None:
-    model = folders.llava(tmp_path)
+def names_begin(score: VqaScore) -> bool:
+    """Whether the tokenizer puts a token before every text."""
+    names = score.processor.tokenizer
+    return len(names("a")["input_ids"]) == 2
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_vqa_scores_are_the_probability_of_yes(tmp_path: Path, start: bool) -> None:
+    model = folders.llava(tmp_path, start=start)
     images, captions = smooth(0, 5, 40, 32), ["a cat", "red", "a very green dog", "a", "b c d"]
     score = load_vqa_score(tmp_path, batch=2)
     found = score.scores(images, captions)
     # The oracle: one image with one caption at a time, put together by hand; each patch is a token.
+    assert names_begin(score) == start
     names, places = score.processor.tokenizer, (32 // 8) ** 2
     expected = []
     for image, caption in zip(images, captions, strict=True):
-        text = "<image>" * places + f'Does this figure show "{caption}"? Please answer yes or no.A:'
+        asked = f'Does this figure show "{caption}"? Please answer yes or no.'
+        text = "<|im_start|>" * start + "<image>" * places + f"{asked}A:"
         seen = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         pixels = score.processor.image_processor(Image.fromarray(seen.permute(1, 2, 0).numpy()), return_tensors="pt")
         with torch.no_grad():
-            logits = model(**names(text, return_tensors="pt"), **pixels).logits[0, -1]
+            logits = model(**names(text, add_special_tokens=False, return_tensors="pt"), **pixels).logits[0, -1]
         expected.append(logits.softmax(0)[names.convert_tokens_to_ids("Y")])
     true = torch.stack(expected)
     assert true.std() > 0.1 * true.mean(), "all pairs look alike: the test sees nothing"

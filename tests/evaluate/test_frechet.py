@@ -158,15 +158,3 @@ def test_mistaken_statistics_are_named() -> None:
         Gaussian.of_moments(zero, torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
     with pytest.raises(ValueError, match=r"not symmetric"):
         Gaussian.of_moments(zero, torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
-
-
-def test_counts_are_repetitions() -> None:
-    features = torch.randn(60, 5, generator=torch.Generator().manual_seed(2)) + 3
-    other = torch.randn(50, 5, generator=torch.Generator().manual_seed(3))
-    counts = torch.bincount(torch.randint(60, (60,), generator=torch.Generator().manual_seed(4)), minlength=60)
-    counted, repeated = Gaussian.of_features(features, counts), features.repeat_interleave(counts, 0)
-    assert frechet_distance(counted, other) == pytest.approx(frechet_distance(repeated, other), rel=1e-12)
-    assert frechet_distance(counted, repeated) < 1e-9
-    for wrong in (counts[:-1], -counts, torch.zeros(60), torch.eye(60)[0]):
-        with pytest.raises(ValueError, match="counts has shape"):
-            Gaussian.of_features(features, wrong)

@@ -46,7 +46,7 @@ class Experiment:
     concept: bool = False  # arms learn a new concept, and are also asked for it
 
 
-# Every distilled arm's: what a hundred iterations allow. The papers' are 5 to 1, and averages of thousands.
+# Every distilled arm's: what 150 iterations allow. The papers have 5 guidance updates, and thousands of iterations.
 SHORT = (
     "batch=16",
     "method.guidance_per_generator=2",
