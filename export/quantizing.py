@@ -5,6 +5,7 @@ Weights alone: a layer computes in the dtype of its input. A network takes half 
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from ..zoo import Backbone
+from ..zoo import Backbone, Student
 from .merging import with_weights
 
 KINDS = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
@@ -40,6 +41,22 @@ def quantize(folder: Path, kind: str, dtype: torch.dtype, max_shard_size: str) -
     network.save_pretrained(new, max_shard_size=max_shard_size)
     shutil.rmtree(folder)
     new.rename(folder)
+
+
+def rounded(student: Student, dtype: torch.dtype, kind: str | None) -> Student:
+    """A copy whose own tensors, adapters' among them, have lost what writing loses; without torchao."""
+    made = copy.deepcopy(student)
+    for module in made.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            tensor = parameter.detach().to(dtype).float()
+            if kind is not None and isinstance(module, nn.Linear) and name == "weight":
+                largest = tensor.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+                if kind == "int8":
+                    tensor = (tensor / largest * 127).round() / 127 * largest
+                else:
+                    tensor = (tensor / largest * 448).to(torch.float8_e4m3fn).float() / 448 * largest
+            parameter.data = tensor
+    return made
 
 
 def exact_weights(folder: Path, network: Backbone) -> Backbone:

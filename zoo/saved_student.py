@@ -1,6 +1,6 @@
-"""A student that a run left (its `student/`), on its networks again.
+"""A student that a run left (its `student/`) or an export made, on its networks again.
 
-student.json         sigmas; the network that each step runs; the pipeline that it was made for
+student.json         sigmas; the network that each step runs; the pipeline that it was made for, HERE for its own folder
 transformer/, ...    full: networks as diffusers has them
 step_1.safetensors   adapters: their tensors by PEFT's names, on the base that student.json names
 """
@@ -22,6 +22,7 @@ from .student import Student, TwoStepStudent
 
 FACTS = "student.json"
 MINIATURE = "miniature"
+HERE = "."
 
 
 def student_folder(path: str | Path) -> Path | None:
@@ -35,6 +36,8 @@ def student_facts(folder: Path) -> dict[str, Any]:
     absent = sorted({"sigmas", "steps", "pipeline"} - facts.keys())
     if absent:
         raise ValueError(f"load_student: {folder / FACTS} does not say {', '.join(absent)}; was it written by a run?")
+    if facts["pipeline"] == HERE:
+        facts["pipeline"] = str(folder)
     return facts
 
 

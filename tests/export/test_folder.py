@@ -47,6 +47,40 @@ def test_stock_diffusers_draws_the_students_images(
     )
 
 
+@pytest.mark.parametrize("per_step", [True, False])
+@pytest.mark.parametrize(("family", "kind"), [("z-image", None), ("klein", None), ("z-image", "int8")])
+def test_the_library_takes_the_folder_for_the_student(
+    family: str, kind: str | None, per_step: bool, runs: dict[tuple[str, str, bool], Path], tmp_path: Path
+) -> None:
+    """Wherever it has been moved to, in its own steps and no others."""
+    run = runs[family, "full", per_step]
+    made = export_folder(run, tmp_path / "made", dtype=torch.float32, quantization=kind)
+    moved = made.folder.rename(tmp_path / "moved")
+    student, again = (load_text_to_image(place, dtype=torch.float32) for place in (run, moved))
+    assert again.steps == student.steps and again.model.sigmas == student.model.sigmas
+    expected = student.draw(["a red circle"], [3])
+    assert (again.draw(["a red circle"], [3]) - expected).norm() / expected.norm() <= (1e-4 if kind is None else 0.1)
+    command = ["sample", "--model", str(moved), "--prompt", "a red circle", "--out", str(tmp_path / "images")]
+    assert main(command) == 0 and len(list((tmp_path / "images").glob("0000-*.png"))) == 1
+    assert main([*command, "--steps", "8", "--overwrite"]) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_other_weights_than_the_students_are_refused(
+    dtype: torch.dtype,
+    weights: str,
+    runs: dict[tuple[str, str, bool], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A folder that is consistent in itself, and not the student."""
+    monkeypatch.setattr(folder, "merged", lambda network: {k: 1.3 * v for k, v in merged(network).items()})
+    with pytest.raises(ExportFailed, match="images of the weights that were written are"):
+        export_folder(runs["z-image", weights, True], tmp_path / "out", dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
 def test_it_does_not_run_at_other_steps(runs: dict[tuple[str, str, bool], Path], tmp_path: Path) -> None:
     for family in STOCK:
         out = export_folder(runs[family, "full", True], tmp_path / family, dtype=torch.float32).folder

@@ -14,12 +14,14 @@ from .zimage import ZImageOmniTextEncoder, ZImageTextEncoder
 
 FAMILIES: dict[str, Any] = {
     "ZImagePipeline": ZImageTextEncoder,
+    "TwoStepZImagePipeline": ZImageTextEncoder,
     "ZImageImg2ImgPipeline": ZImageTextEncoder,
     "ZImageInpaintPipeline": ZImageTextEncoder,
     "ZImageControlNetPipeline": ZImageTextEncoder,
     "ZImageControlNetInpaintPipeline": ZImageTextEncoder,
     "ZImageOmniPipeline": ZImageOmniTextEncoder,
     "Flux2KleinPipeline": KleinTextEncoder,
+    "TwoStepFlux2KleinPipeline": KleinTextEncoder,
     "Flux2KleinInpaintPipeline": KleinTextEncoder,
     "Flux2KleinKVPipeline": KleinTextEncoder,
 }
@@ -46,6 +48,8 @@ def load_text_encoder(
     folder = _folder(folder_or_hub_id)
     index = _pipeline_index(folder)
     pipeline = index["_class_name"]
+    if isinstance(pipeline, list):  # a file in the folder, and a class in it: an exported student's
+        pipeline = pipeline[-1]
     if pipeline not in FAMILIES:
         raise ValueError(
             f"load_text_encoder: {folder} holds a {pipeline}; text encoders are known for {', '.join(sorted(FAMILIES))}"
