@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 FAULT, FAILED = 2, 1
 FORMS = ("diffusers", "lora", "single-file", "program", "onnx")
-# Options of one form alone, and what they are where they are not given.
-OF_ONE = {"link": ("diffusers", False), "max_shard_size": ("diffusers", None), "keys": ("lora", None)}
-OF_ONE |= {"rank": ("lora", None), "device": ("program", None), "quantize": ("diffusers", None)}
+# Options of some forms alone.
+SOME = {"parts": ("diffusers",), "max_shard_size": ("diffusers",), "quantize": ("diffusers", "program")}
+SOME |= {"keys": ("lora",), "rank": ("lora",), "device": ("program",)}
+SOME |= {"pipeline": ("diffusers", "lora", "program", "onnx")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: bfloat16; float32 for onnx, and for a program on a CPU)",
     )
-    add("--pipeline", help="diffusers, lora: where the pipeline lies now that the student was made for")
+    add("--pipeline", help="where the pipeline lies now that the student was made for, if it has moved")
     add("--base", help="of adapters: where the base lies now, if not where the run found it")
     add("--overwrite", action="store_true", help="replace what is there, once the new folder is checked")
-    add("--link", action="store_true", help="diffusers: link to the pipeline's other parts instead of copying them")
+    add(
+        "--parts",
+        choices=("copy", "link", "reference"),
+        help="diffusers: what becomes of the pipeline's text encoder, tokenizer and autoencoder; who loads a folder "
+        "that references them passes them on (default: copy)",
+    )
     add("--max-shard-size", help="diffusers: of a file of weights (default: 5GB)")
-    add("--quantize", choices=("int8", "fp8"), help="diffusers: the linear layers' weights in 8 bits, by torchao")
+    add("--quantize", choices=("int8", "fp8"), help="diffusers, program: linear layers' weights in 8 bits")
     add("--keys", choices=("diffusers", "comfyui"), help="lora: whose names (default: diffusers)")
     add("--device", choices=("cpu", "cuda"), help="program: what it is compiled for (default: a GPU if there is one)")
     add("--rank", type=int, help="lora: of the product that is taken from whole weights")
@@ -57,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, ExportFailed, SafetensorError, OSError) as error:
         print(f"twostep export: {str(error).removeprefix('export: ')}", file=sys.stderr)
         return FAULT if isinstance(error, ValueError) else FAILED
-    print(f"{made.folder}: {made.bytes / 2**20:.1f} MiB; {_said(args, made)}")
+    print(f"{made.folder}: {made.bytes / 2**20:.1f} MiB in {made.seconds:.0f} s; {_said(args, made)}")
     return 0
 
 
@@ -66,27 +72,29 @@ def _export(args: argparse.Namespace) -> Exported:
 
     from . import export_folder, export_lora, export_onnx, export_program, export_single_file
 
-    for name, (form, absent) in OF_ONE.items():
-        if getattr(args, name) != absent and args.form != form:
-            raise ValueError(f"--{name.replace('_', '-')} is for --as {form}, and this is --as {args.form}")
+    for name, forms in SOME.items():
+        if getattr(args, name) is not None and args.form not in forms:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for --as {' and '.join(forms)}, and this is --as {args.form}"
+            )
     alike: dict[str, Any] = {"overwrite": args.overwrite, "base": args.base}
-    if args.pipeline is not None and args.form not in ("diffusers", "lora"):
-        raise ValueError(f"--pipeline is for --as diffusers and lora, and this is --as {args.form}")
+    if args.form != "single-file":
+        alike["pipeline"] = args.pipeline
     if args.form == "onnx":
         if args.dtype not in (None, "float32"):
             raise ValueError(f"--dtype is {args.dtype}, and onnx is written in float32 alone")
         return export_onnx(args.student, args.out, **alike)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     if args.form == "program":
-        return export_program(args.student, args.out, dtype=dtype, device=args.device, **alike)
+        more = {"device": args.device, "quantization": args.quantize}
+        return export_program(args.student, args.out, dtype=dtype, **more, **alike)
     alike["dtype"] = dtype or torch.bfloat16
     if args.form == "single-file":
         return export_single_file(args.student, args.out, **alike)
-    alike["pipeline"] = args.pipeline
     if args.form == "lora":
         return export_lora(args.student, args.out, keys=args.keys or "diffusers", rank=args.rank, **alike)
     size = args.max_shard_size or "5GB"
-    more = {"link": args.link, "max_shard_size": size, "quantization": args.quantize}
+    more = {"parts": args.parts or "copy", "max_shard_size": size, "quantization": args.quantize}
     return export_folder(args.student, args.out, **more, **alike)
 
 
@@ -97,7 +105,8 @@ def _said(args: argparse.Namespace, made: Exported) -> str:
     if args.form == "onnx":
         return f"onnxruntime computes the student's velocities, to a relative {made.error:.1e}"
     if args.form == "program":
-        return f"it samples what the student samples, to a relative {made.error:.1e} (uncompiled: {made.rounding:.1e})"
+        what = f"{args.quantize} has changed it" if args.quantize else "the student itself in this dtype is off"
+        return f"it samples what was written, to a relative {made.error:.1e} ({what} by {made.rounding:.1e})"
     if args.quantize:
         kind = f"{args.quantize} and {kind}"
     changed = f"{kind} of rank {args.rank}" if args.rank else kind

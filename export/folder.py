@@ -2,13 +2,14 @@
 
     transformer/ transformer_2/   the steps' networks; adapters are merged into the base's weights
     pipeline.py                   steps with parameters of their own: the family's pipeline, with a switch between steps
-    model_index.json scheduler/   the student's sigmas, so that the folder does not run at others
-    vae/ text_encoder/ tokenizer/ the pipeline's own, copied or linked
+    model_index.json scheduler/   the student's sigmas
+    vae/ text_encoder/ tokenizer/ the pipeline's own: copied, linked, or left where they are
     export.json                   where it comes from, sizes, and the error that was measured
     student.json                  by which this library takes the folder for the student that it is
 
-A student whose steps share one network needs no code of its own: it is the family's stock pipeline, with a scheduler
-whose shift gives the student's sigmas at its number of steps.
+A folder of two networks runs at the student's sigmas alone. A student whose steps share one needs no code of its own:
+it is the family's stock pipeline, with a scheduler whose shift gives the student's sigmas at its number of steps, and
+that number is the caller's.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from .fresh_process import hold, relative
 from .merging import merged, with_weights
 from .new_folder import bytes_in, check_space, new_folder, target_of
 from .probes import FLOAT32, PROMPTS, Probes
-from .quantizing import check_quantizing, exact_weights, quantize, rounded
-from .source import Exported, Source, found, write_report
+from .quantizing import check_quantizing, exact_weights, quantize_folder, rounded
+from .source import Exported, Source, found
 
 PIPELINES = Path(__file__).parent / "pipelines"
 # The families' pipelines: the class, the file that knows two transformers, and its class.
@@ -38,6 +39,7 @@ FAMILIES = {
     "flux2": ("Flux2KleinPipeline", "two_step_flux2_klein.py", "TwoStepFlux2KleinPipeline"),
 }
 OTHER_PARTS = ("vae", "text_encoder", "tokenizer")
+PARTS = ("copy", "link", "reference")
 
 
 def export_folder(
@@ -45,7 +47,7 @@ def export_folder(
     out: str | Path,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    link: bool = False,
+    parts: str = "copy",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     base: str | Path | None = None,
@@ -57,40 +59,49 @@ def export_folder(
     Args:
         student: a run's folder, or the student/ in it.
         dtype: of the weights that are written.
-        link: links to the pipeline's other parts instead of copies of them.
+        parts: of the pipeline besides its transformer: "copy" them, "link" to them, or "reference" them: whoever loads
+            the folder passes them on from the pipeline that export.json names as the teacher.
         overwrite: replace what is at `out`.
         base: of adapters, where it lies now.
         pipeline: that the student was made for, where it lies now.
         quantization: of the linear layers' weights, by torchao: "int8", or "fp8" (e4m3).
     """
     check_quantizing(quantization)
+    if parts not in PARTS:
+        raise ValueError(f"export: parts are {parts!r}, expected one of {', '.join(PARTS)}")
     target = target_of(out, overwrite, found(student))
     source = Source.read(student, base=base, pipeline=pipeline)
     model, pipeline = source.model, source.pipeline
     target_of(out, overwrite, pipeline)
     index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
     stock, file, own = _family(model, index)
-    parts = 0 if link else sum(bytes_in(pipeline / part) for part in OTHER_PARTS)
+    copied = sum(bytes_in(pipeline / part) for part in OTHER_PARTS) if parts == "copy" else 0
     both = dtype.itemsize + (quantization is not None)  # what is quantized stands beside what it is made from
-    check_space(target.parent, source.parameters * both + parts)
+    check_space(target.parent, source.parameters * both + copied)
     with new_folder(target) as new:
-        _write_networks(model, new, dtype, max_shard_size, quantization)
-        for part in OTHER_PARTS:
-            _place(pipeline / part, new / part, link)
-        _write_index(model, index, pipeline, new, stock, file, own)
-        steps = [_name(number) for number in source.order()]
-        facts = {"sigmas": list(model.sigmas), "steps": steps, "pipeline": HERE, "method": source.facts.get("method")}
-        (new / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        error, rounding = _verify(model, pipeline, new, dtype, quantization)
-        size = bytes_in(new)
-        report = source.report(
-            dtype=str(dtype).removeprefix("torch."),
+        with source.phase("writing"):
+            _write_networks(model, new, dtype, max_shard_size, quantization)
+            for part in OTHER_PARTS:
+                _place(pipeline / part, new / part, parts)
+            _write_index(model, index, pipeline, new, stock, file, own)
+            steps = [_name(number) for number in source.order()]
+            where = source.place if parts == "reference" else HERE
+            facts = {"sigmas": list(model.sigmas), "steps": steps, "pipeline": where}
+            facts |= {"method": source.facts.get("method"), "recipe": source.facts.get("recipe")}
+            (new / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        with source.phase("checking"):
+            errors = _verify(source, new, dtype, quantization, referenced=parts == "reference")
+        named = str(dtype).removeprefix("torch.")
+        return source.leave(
+            new,
+            target,
+            error=errors[WRITTEN],
+            rounding=errors[ROUNDED],
+            dtype=named,
             quantization=quantization,
-            bytes=size,
-            error={"of images, against the written weights": error, "of rounding the weights": rounding},
+            parts=parts,
+            errors=errors,
         )
-        write_report(new, report)
-    return Exported(target, size, error, rounding)
 
 
 def _family(model: Student, index: dict[str, Any]) -> tuple[str, str, str]:
@@ -108,10 +119,10 @@ def _write_networks(
     model: Student, folder: Path, dtype: torch.dtype, max_shard_size: str, quantization: str | None
 ) -> None:
     for number, network in enumerate(model.distinct_networks()):
-        plain, name = with_weights(network, merged(network)).model, _name(number)
-        plain.to(dtype).save_pretrained(folder / name, max_shard_size=max_shard_size)
+        state, name = {key: tensor.to(dtype) for key, tensor in merged(network).items()}, _name(number)
+        with_weights(network, state).model.save_pretrained(folder / name, max_shard_size=max_shard_size)
         if quantization is not None:
-            quantize(folder / name, quantization, dtype, max_shard_size)
+            quantize_folder(folder / name, quantization, dtype, max_shard_size)
 
 
 def _name(number: int) -> str:
@@ -119,12 +130,12 @@ def _name(number: int) -> str:
     return f"transformer_{number + 1}" if number else "transformer"
 
 
-def _place(source: Path, target: Path, link: bool) -> None:
+def _place(source: Path, target: Path, how: str) -> None:
     if not source.is_dir():
         raise ValueError(f"export: the pipeline has no {source.name}/ at {source}")
-    if link:
+    if how == "link":
         target.symlink_to(source.resolve(), target_is_directory=True)
-    else:
+    elif how == "copy":
         shutil.copytree(source, target)
 
 
@@ -170,7 +181,11 @@ _PROBE = """
 from diffusers import DiffusionPipeline
 
 def load(dtype):
-    pipeline = DiffusionPipeline.from_pretrained(facts["folder"], trust_remote_code=True, torch_dtype=dtype)
+    given = {}
+    if facts["elsewhere"] is not None:
+        given = DiffusionPipeline.from_pretrained(facts["elsewhere"], transformer=None, torch_dtype=dtype).components
+        given = {name: given[name] for name in facts["parts"]}
+    pipeline = DiffusionPipeline.from_pretrained(facts["folder"], trust_remote_code=True, torch_dtype=dtype, **given)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -194,23 +209,34 @@ def draw(pipeline):
 
 pipeline = load(torch.float32)
 made["images"] = draw(unquantized(pipeline, torch.float32) if facts["quantized"] else pipeline)
-if facts["quantized"]:
+dtype = getattr(torch, facts["dtype"])
+if facts["quantized"] or dtype != torch.float32:
     del pipeline
-    pipeline = load(getattr(torch, facts["dtype"]))
+    pipeline = load(dtype)
     made["as it is used"] = draw(pipeline)
-    made["in its dtype"] = draw(unquantized(pipeline, getattr(torch, facts["dtype"])))
+if facts["quantized"]:
+    made["without quantization"] = draw(unquantized(pipeline, dtype))
 """
+# What is measured, all relative and of images.
+WRITTEN = "in float32, against the written weights"
+ROUNDED = "of rounding the weights"
+USED = "in the folder's dtype, against the student in float32"
+OWN = "of the student in that dtype"
 
 
 def _verify(
-    model: Student, pipeline: Path, new: Path, dtype: torch.dtype, quantization: str | None
-) -> tuple[float, float]:
-    """The relative error of the folder's images against those of the student with the weights that were written, and
-    what writing them has changed: nothing in float32, otherwise at most thrice what rounding the student's own tensors
-    does, adapters apart from their base. Quantized weights are then run as they are, and may be twice as far off as the
-    same weights in the folder's dtype without quantization."""
-    probes = Probes(pipeline, model)
-    exact = probes.images(model)
+    source: Source, new: Path, dtype: torch.dtype, quantization: str | None, *, referenced: bool
+) -> dict[str, float]:
+    """Three comparisons:
+
+    - the written weights with the student's: nothing is lost in float32, otherwise at most thrice what rounding the
+      student's own tensors loses, adapters apart from their base;
+    - stock diffusers in float32 with the written weights;
+    - stock diffusers in the folder's own dtype with the student: at most twice as far off as the student is in that
+      dtype. Quantized weights may be twice as far off as the same weights in that dtype without quantization.
+    """
+    model, probes = source.model, Probes(source.pipeline, source.model)
+    exact, errors = probes.images(model), {}
     allowed = FLOAT32
     if dtype != torch.float32 or quantization is not None:
         allowed += 3 * relative(probes.images(rounded(model, dtype, quantization)), exact)
@@ -223,17 +249,26 @@ def _verify(
             written.append(exact_weights(new / name, network))
     again = Student(written if len(written) > 1 else written * model.steps, model.sigmas)
     true = probes.images(again)
-    rounding = hold(relative(true, exact), allowed, "images of the weights that were written are", "the merging")
-    facts: dict[str, Any] = {"folder": str(new), "prompts": PROMPTS, "settings": probes.settings}
+    what = "images of the weights that were written are"
+    errors[ROUNDED] = hold(relative(true, exact), allowed, what, "the merging")
+    noise, settings = probes.noise, probes.settings
+    del again, written, probes  # the next one loads it in the folder's dtype, and then the other process all of it
+    if dtype != torch.float32:
+        own = source.in_dtype(dtype)
+        errors[OWN] = relative(Probes(source.pipeline, own, dtype).images(own), exact)
+        del own
+    facts: dict[str, Any] = {"folder": str(new), "prompts": PROMPTS, "settings": settings, "parts": OTHER_PARTS}
     facts |= {"quantized": quantization is not None, "dtype": str(dtype).removeprefix("torch.")}
-    what = "stock diffusers could not run the folder"
-    noise = probes.noise
-    del again, written, probes  # the other process loads all of it
-    made = fresh_process.run(_PROBE, facts, {"noise": noise}, what=what)
+    facts["elsewhere"] = str(source.pipeline) if referenced else None
+    made = fresh_process.run(_PROBE, facts, {"noise": noise}, what="stock diffusers could not run the folder")
     likeliest = "a diffusers that computes this model in another way than the tested one"
-    error = hold(relative(made["images"], true), FLOAT32, "the folder's images are", likeliest)
+    errors[WRITTEN] = hold(relative(made["images"], true), FLOAT32, "the folder's images are", likeliest)
     if quantization is not None:
-        allowed = FLOAT32 + 2 * relative(made["in its dtype"], true)
-        likeliest = "a torchao that computes these weights in another way than the tested one"
-        hold(relative(made["as it is used"], true), allowed, "the quantized folder's images are", likeliest)
-    return error, rounding
+        off = relative(made["as it is used"], true)
+        allowed = FLOAT32 + 2 * relative(made["without quantization"], true)
+        hold(off, allowed, "the quantized folder's images are", "a torchao that computes these weights in another way")
+        errors[USED] = relative(made["as it is used"], exact)
+    elif dtype != torch.float32:
+        off, allowed = relative(made["as it is used"], exact), FLOAT32 + 2 * errors[OWN]
+        errors[USED] = hold(off, allowed, f"the folder's images in {facts['dtype']} are", likeliest)
+    return errors

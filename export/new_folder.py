@@ -63,3 +63,12 @@ def check_space(where: Path, needed: int) -> None:
 
 def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    """Bytes of each file and folder in it; none for links."""
+    return {
+        part.name: bytes_in(part) if part.is_dir() else part.stat().st_size
+        for part in sorted(folder.iterdir())
+        if not part.is_symlink()
+    }

@@ -18,13 +18,13 @@ NO_GUIDANCE = {"z-image": 0.0, "flux2": 1.0}  # as the pipelines count it
 
 
 class Probes:
-    def __init__(self, pipeline: Path, student: Student) -> None:
-        self._text = load_text_encoder(pipeline, dtype=torch.float32)
-        self._autoencoder = load_autoencoder(pipeline, dtype=torch.float32)
+    def __init__(self, pipeline: Path, student: Student, dtype: torch.dtype = torch.float32) -> None:
+        self._text = load_text_encoder(pipeline, dtype=dtype)
+        self._autoencoder = load_autoencoder(pipeline, dtype=dtype)
         model = TextToImage(self._text, self._autoencoder, student)
         height, width = model.size()
         self.noise = model.noise(range(len(PROMPTS)), (height, width))
-        self._context = model.contexts(PROMPTS)
+        self.context = model.contexts(PROMPTS)
         guidance = NO_GUIDANCE[student.distinct_networks()[0].family]
         self.settings: dict[str, Any] = {
             "height": height, "width": width, "num_inference_steps": student.steps, "guidance_scale": guidance
@@ -33,4 +33,4 @@ class Probes:
     def images(self, student: Student) -> Tensor:
         """[N, 3, H, W] in [0, 1]."""
         model = TextToImage(self._text, self._autoencoder, student)
-        return (model.images(model.latents(self.noise, self._context)) + 1) / 2
+        return (model.images(model.latents(self.noise, self.context)) + 1) / 2

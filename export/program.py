@@ -25,19 +25,22 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_inductor_cache
 
 from .. import ops
-from ..zoo import Backbone, Student, fuse
+from ..zoo import Backbone, Context, Student, fuse
 from ..zoo.program import Steps, Traceable, batch_dim, network
 from . import fresh_process
 from .fresh_process import hold, relative
 from .merging import merged, with_weights
-from .new_folder import bytes_in, check_space, new_folder, target_of
-from .probes import FLOAT32
-from .source import Exported, Source, found, write_report
+from .new_folder import check_space, new_folder, target_of
+from .probes import FLOAT32, PROMPTS, Probes
+from .quantizing import check_quantizing, numbers, quantize, rounded
+from .source import Exported, Source, found
 
 RUN = Path(__file__).parent / "programs" / "run.py"
 ONNX_LIMIT = 2**31 - 2**20  # bytes of a protocol buffer, and some room for the graph
 # What the check runs: images, rows and columns of tokens, captions. With image tokens to pad, and without; one image.
 SHAPES = ((2, 4, 6, 64), (1, 8, 4, 32), (3, 5, 3, 96))
+MULTIPLE = 32  # of tokens, to which a program of Z-Image takes captions filled up
+Case = dict[str, Tensor]
 _SAMPLE = """
 torch.ops.load_library(facts["kernels"])
 sampler = torch._inductor.aoti_load_package(facts["program"])
@@ -63,6 +66,8 @@ def export_program(
     device: str | None = None,
     overwrite: bool = False,
     base: str | Path | None = None,
+    pipeline: str | Path | None = None,
+    quantization: str | None = None,
 ) -> Exported:
     """Writes the folder, or raises and leaves nothing.
 
@@ -70,7 +75,10 @@ def export_program(
         dtype: of the networks: bfloat16 for a GPU, float32 for a CPU where it is not said.
         device: that the program is compiled for, "cuda" or "cpu"; a GPU if there is one.
         base: of adapters, where it lies now.
+        pipeline: that the student was made for, where it lies now.
+        quantization: of the linear layers' weights, by torchao: "int8", or "fp8" (e4m3).
     """
+    check_quantizing(quantization)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         there = "cpu or cuda" if torch.cuda.is_available() else "cpu: there is no GPU here"
@@ -81,34 +89,44 @@ def export_program(
             f"export: a program holds the fused kernels, and they are not built: {ops.build_info()['reason']}"
         )
     target = target_of(out, overwrite, found(student))
-    source = Source.read(student, base=base)
+    source = Source.read(student, base=base, pipeline=pipeline)
     check_space(target.parent, 3 * source.parameters * dtype.itemsize)  # its pieces lie there while it is put together
     with new_folder(target) as new, torch.no_grad():
-        steps = Steps(_fused(source, dtype, device))
-        cases = _cases(steps.example, source.model)
-        true = _in_float32(source, cases, device)
-        own = max(relative(steps(**case).cpu(), one) for case, one in zip(cases, true, strict=True))
-        example, dims = steps.example(*_size(source.model)), steps.dims()
-        compile_program(steps, example, dims, cases, new / "sampler.pt2")
-        kind, inputs = steps.dtype, _described(example, dims)
-        del steps
-        shutil.copy(ops.build_info()["path"], new / "kernels.so")
-        shutil.copy(RUN, new / "run.py")
-        allowed = FLOAT32 if kind == torch.float32 else max(FLOAT32, 2 * own)
-        error = _verify(new, cases, true, device, allowed)
-        size = bytes_in(new)
-        errors = {"of latents, against the student": error, "of the same student in this dtype": own}
+        with source.phase("compiling"):
+            model = _fused(source, dtype, device)
+            written = None
+            if quantization is not None:
+                written = _quantized(model, source, quantization)
+            steps = Steps(model)
+            cases = _cases(steps.example, source, dtype, device)
+            example, dims = steps.example(*_size(source.model)), steps.dims()
+            compile_program(steps, example, dims, cases, new / "sampler.pt2")
+            inputs = _described(example, dims)
+            del steps, model
+            shutil.copy(ops.build_info()["path"], new / "kernels.so")
+            shutil.copy(RUN, new / "run.py")
+        with source.phase("checking"):
+            made = _sampled(new, cases, device)
+            error, errors = _verify(source, made, cases, dtype, device, written, quantization)
         where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {platform.machine()}"
-        named = str(kind).removeprefix("torch.")
-        write_report(new, source.report(inputs=inputs, dtype=named, device=where, bytes=size, error=errors))
-    return Exported(target, size, error, own)
+        return source.leave(
+            new,
+            target,
+            error=error,
+            rounding=errors[ROUNDED] if quantization is not None else errors[OWN],
+            inputs=inputs,
+            dtype=str(dtype).removeprefix("torch."),
+            quantization=quantization,
+            device=where,
+            errors=errors,
+        )
 
 
 def compile_program(
     steps: nn.Module,
-    example: dict[str, Tensor],
+    example: Case,
     dims: dict[str, Any],
-    cases: Sequence[dict[str, Tensor]],
+    cases: Sequence[Case],
     file: Path,
 ) -> None:
     """Traces at the example's sizes, runs the trace at those of the cases, which checks what was assumed of sizes (the
@@ -121,7 +139,12 @@ def compile_program(
 
 
 def export_onnx(
-    student: str | Path, out: str | Path, *, overwrite: bool = False, base: str | Path | None = None
+    student: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    base: str | Path | None = None,
+    pipeline: str | Path | None = None,
 ) -> Exported:
     """step_1.onnx, and step_2.onnx where steps have parameters of their own: (x, sigma, features, ...) -> v, in
     float32."""
@@ -129,31 +152,25 @@ def export_onnx(
     if absent:
         raise ValueError(f"export: {', '.join(absent)} are not installed:  pip install 'twostep[onnx]'")
     target = target_of(out, overwrite, found(student))
-    source = Source.read(student, base=base)
+    source = Source.read(student, base=base, pipeline=pipeline)
     check_space(target.parent, source.parameters * torch.float32.itemsize)
     model = _fused(source, torch.float32, "cpu")
+    cases = [_of_network(case) for case in _cases(Steps(model).example, source, torch.float32, "cpu")]
     errors: list[float] = []
     with new_folder(target) as new, torch.no_grad():
-        for number, one in enumerate(model.distinct_networks(), start=1):
-            traced, file = network(one), new / f"step_{number}.onnx"
-            cases = _cases(traced.example, model)
+        for number, one in enumerate(model.distinct_networks()):
+            traced, file = network(one), new / f"step_{number + 1}.onnx"
             example, dims = traced.example(*_size(model)), traced.dims(batch_dim())
-            write_onnx(traced, example, dims, cases, file)
-            facts = {"file": str(file), "cases": len(cases)}
-            made = fresh_process.run(_ONNX, facts, _numbered(cases), what="onnxruntime could not run the network")
-            likeliest = "an onnxscript that writes these operators in another way than the tested one"
-            for number_of_case, case in enumerate(cases):
-                error = relative(made[str(number_of_case)], traced(**case))
-                errors.append(hold(error, FLOAT32, "onnxruntime's velocities are", likeliest))
-        size, worst = bytes_in(new), max(errors)
-        inputs = _described(example, dims)
-        write_report(new, source.report(inputs=inputs, bytes=size, error={"of velocities, against the student": worst}))
-    return Exported(target, size, worst, 0.0)
+            with source.phase("writing"):
+                write_onnx(traced, example, dims, cases, file)
+            with source.phase("checking"):
+                errors.append(_verify_onnx(file, source.networks[number], cases))
+        inputs, worst = _described(example, dims), max(errors)
+        wrong = {"of velocities, against the student": worst}
+        return source.leave(new, target, error=worst, rounding=0.0, inputs=inputs, errors=wrong)
 
 
-def write_onnx(
-    traced: Traceable, example: dict[str, Tensor], dims: dict[str, Any], cases: Sequence[dict[str, Tensor]], file: Path
-) -> None:
+def write_onnx(traced: Traceable, example: Case, dims: dict[str, Any], cases: Sequence[Case], file: Path) -> None:
     """A traceable network in ONNX's own operators, run at the cases' sizes before. Weights of more than ONNX's 2 GiB
     lie in a file beside it."""
     program = _traced(cast(nn.Module, traced), example, dims)
@@ -180,10 +197,19 @@ def _fused(source: Source, dtype: torch.dtype, device: str) -> Student:
     """The student on fused networks of plain weights, adapters merged."""
     made: dict[int, Backbone] = {}
     for one in source.networks:
-        plain = with_weights(one, merged(one))
-        fuse(plain.model.to(device, dtype))
+        plain = with_weights(one, {name: tensor.to(device, dtype) for name, tensor in merged(one).items()})
+        fuse(plain.model)
         made[id(one)] = plain
     return Student([made[id(one)] for one in source.model.networks], source.model.sigmas)
+
+
+def _quantized(model: Student, source: Source, kind: str) -> Student:
+    """Quantizes the networks, in their place; what their weights then stand for, in float32 and stock blocks."""
+    made = {}
+    for one, stock in zip(model.distinct_networks(), source.networks, strict=True):
+        quantize(one.model, kind)
+        made[id(one)] = with_weights(stock, {name: tensor.cpu() for name, tensor in numbers(one.model).items()})
+    return Student([made[id(one)] for one in model.networks], model.sigmas)
 
 
 def _size(model: Student) -> tuple[int, int, int, int]:
@@ -193,28 +219,46 @@ def _size(model: Student) -> tuple[int, int, int, int]:
     return 2, 4 * one.latent_factor, 6 * one.latent_factor, 64
 
 
-def _traced(module: nn.Module, example: dict[str, Tensor], dims: dict[str, Any]) -> torch.export.ExportedProgram:
+def _traced(module: nn.Module, example: Case, dims: dict[str, Any]) -> torch.export.ExportedProgram:
     with _quiet():
         return torch.export.export(module, (), example, dynamic_shapes=dims, strict=False)
 
 
-def _cases(example: Callable[..., dict[str, Tensor]], model: Student) -> list[dict[str, Tensor]]:
-    factor = model.distinct_networks()[0].latent_factor
+def _cases(example: Callable[..., Case], source: Source, dtype: torch.dtype, device: str) -> list[Case]:
+    """What is compared: random inputs of each of the sizes, and the probes' noise and captions."""
+    factor = source.networks[0].latent_factor
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return [example(batch, rows * factor, columns * factor, tokens) for batch, rows, columns, tokens in SHAPES]
+        cases = [example(batch, rows * factor, columns * factor, tokens) for batch, rows, columns, tokens in SHAPES]
+    probes = Probes(source.pipeline, source.model)
+    for number in range(len(PROMPTS)):
+        context = probes.context[number : number + 1]
+        features = context.features
+        if "lengths" in cases[0]:
+            features = nn.functional.pad(features, (0, 0, 0, -features.shape[1] % MULTIPLE))
+        made = {"noise": probes.noise[number : number + 1], "features": features.to(dtype)}
+        if "lengths" in cases[0]:
+            made["lengths"] = context.token_lengths
+        cases.append(made)
+    return [{name: tensor.to(device) for name, tensor in case.items()} for case in cases]
 
 
-def _numbered(cases: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _of_network(case: Case) -> Case:
+    """A sampler's inputs as those of a network by itself."""
+    context = {name: tensor for name, tensor in case.items() if name != "noise"}
+    return {"x": case["noise"], "sigma": torch.full((len(case["noise"]),), 0.5), **context}
+
+
+def _context(case: Case) -> Context:
+    lengths = case.get("lengths")
+    return Context(case["features"], lengths=None if lengths is None else lengths.cpu())
+
+
+def _numbered(cases: list[Case]) -> Case:
     return {f"{number}.{name}": t.cpu() for number, case in enumerate(cases) for name, t in case.items()}
 
 
-def _in_float32(source: Source, cases: list[dict[str, Tensor]], device: str) -> list[Tensor]:
-    exact = Steps(_fused(source, torch.float32, device))
-    return [exact(**{n: t.float() if t.is_floating_point() else t for n, t in case.items()}).cpu() for case in cases]
-
-
-def _verify(new: Path, cases: list[dict[str, Tensor]], true: list[Tensor], device: str, allowed: float) -> float:
+def _sampled(new: Path, cases: list[Case], device: str) -> list[Tensor]:
     facts = {
         "kernels": str(new / "kernels.so"),
         "program": str(new / "sampler.pt2"),
@@ -222,15 +266,68 @@ def _verify(new: Path, cases: list[dict[str, Tensor]], true: list[Tensor], devic
         "device": device,
     }
     made = fresh_process.run(_SAMPLE, facts, _numbered(cases), what="the program could not be run")
-    what, likeliest = "the program's latents are", "a compiler other than the tested one"
-    return max(hold(relative(made[str(n)], one), allowed, what, likeliest) for n, one in enumerate(true))
+    return [made[str(number)] for number in range(len(cases))]
+
+
+# What is measured, all relative and of latents.
+WRITTEN = "against the written weights in float32"
+OWN = "of the student in this dtype"
+ROUNDED = "of rounding the weights"
+
+
+def _verify(
+    source: Source,
+    made: list[Tensor],
+    cases: list[Case],
+    dtype: torch.dtype,
+    device: str,
+    written: Student | None,
+    quantization: str | None,
+) -> tuple[float, dict[str, float]]:
+    """The program's latents against those of the student of stock blocks: as near as float32 is, and in another dtype
+    at most twice as far off as that student is in it. Weights of 8 bits are held as a folder's are: what they stand for
+    to thrice what rounding the student's own tensors loses, and the program to them."""
+
+    def sampled(student: Student, dtype: torch.dtype) -> list[Tensor]:
+        student.to(device)
+        found = [student.sample(case["noise"], _context(case).to(dtype=dtype)).cpu() for case in cases]
+        student.to("cpu")
+        return found
+
+    def worst(found: list[Tensor], true: list[Tensor]) -> float:
+        return max(relative(one, exact) for one, exact in zip(found, true, strict=True))
+
+    true = stands_for = sampled(source.model, torch.float32)
+    own = worst(sampled(source.in_dtype(dtype), dtype), true) if dtype != torch.float32 else 0.0
+    errors = {OWN: own}
+    if written is not None:
+        stands_for = sampled(written, torch.float32)
+        allowed = FLOAT32 + 3 * worst(sampled(rounded(source.model, dtype, quantization), torch.float32), true)
+        what = "latents of the weights that were quantized are"
+        errors[ROUNDED] = hold(worst(stands_for, true), allowed, what, "a torchao that rounds in another way")
+    what, likeliest, allowed = "the program's latents are", "a compiler other than the tested one", FLOAT32 + 2 * own
+    pairs = zip(made, stands_for, strict=True)
+    errors[WRITTEN] = max(hold(relative(one, exact), allowed, what, likeliest) for one, exact in pairs)
+    return errors[WRITTEN], errors
+
+
+def _verify_onnx(file: Path, network: Backbone, cases: list[Case]) -> float:
+    """onnxruntime's velocities against those of the student's own network, adapter and all, of stock blocks."""
+    facts = {"file": str(file), "cases": len(cases)}
+    made = fresh_process.run(_ONNX, facts, _numbered(cases), what="onnxruntime could not run the network")
+    what, likeliest = "onnxruntime's velocities are", "an onnxscript that writes these operators in another way"
+    errors = []
+    for number, case in enumerate(cases):
+        true = network.velocity(case["x"], case["sigma"], _context(case))
+        errors.append(hold(relative(made[str(number)], true), FLOAT32, what, likeliest))
+    return max(errors)
 
 
 def _names(dims: dict[str, dict[int, Any]]) -> dict[str, dict[int, str]]:
     return {name: {axis: dim.__name__ for axis, dim in axes.items()} for name, axes in dims.items()}
 
 
-def _described(example: dict[str, Tensor], dims: dict[str, dict[int, Any]]) -> dict[str, Any]:
+def _described(example: Case, dims: dict[str, dict[int, Any]]) -> dict[str, Any]:
     """Shapes with the names of what may have any size, and dtypes."""
 
     def size(name: str, axis: int, given: int) -> int | str:

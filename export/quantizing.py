@@ -1,4 +1,4 @@
-"""Linear layers' weights in 8 bits, by torchao, as diffusers writes and reads them.
+"""Linear layers' weights in 8 bits, by torchao, as diffusers writes and reads them; and in programs.
 
 Weights alone: a layer computes in the dtype of its input. A network takes half of bfloat16's bytes.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,16 @@ def check_quantizing(kind: str | None) -> None:
         raise ValueError("export: quantized weights need torchao:  pip install 'twostep[quantize]'")
 
 
-def quantize(folder: Path, kind: str, dtype: torch.dtype, max_shard_size: str) -> None:
-    """A network's folder, in its place."""
+def quantize(network: nn.Module, kind: str) -> None:
+    """In its place."""
     import torchao.quantization
 
-    how = diffusers.TorchAoConfig(getattr(torchao.quantization, KINDS[kind])())
+    torchao.quantization.quantize_(network, _how(kind))
+
+
+def quantize_folder(folder: Path, kind: str, dtype: torch.dtype, max_shard_size: str) -> None:
+    """A network's folder, in its place."""
+    how = diffusers.TorchAoConfig(_how(kind))
     network = _class(folder).from_pretrained(folder, torch_dtype=dtype, quantization_config=how)
     new = folder.with_name(f"{folder.name}.new")
     network.save_pretrained(new, max_shard_size=max_shard_size)
@@ -43,11 +49,19 @@ def quantize(folder: Path, kind: str, dtype: torch.dtype, max_shard_size: str) -
     new.rename(folder)
 
 
-def rounded(student: Student, dtype: torch.dtype, kind: str | None) -> Student:
-    """A copy whose own tensors, adapters' among them, have lost what writing loses; without torchao."""
+def rounded(
+    student: Student, dtype: torch.dtype, kind: str | None = None, *, among: Callable[[str], bool] = lambda name: True
+) -> Student:
+    """A copy whose own tensors, adapters' among them, have lost what writing loses; without torchao.
+
+    Args:
+        among: whether a tensor of this name is written.
+    """
     made = copy.deepcopy(student)
-    for module in made.modules():
+    for place, module in made.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if not among(f"{place}.{name}"):
+                continue
             tensor = parameter.detach().to(dtype).float()
             if kind is not None and isinstance(module, nn.Linear) and name == "weight":
                 largest = tensor.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -61,10 +75,21 @@ def rounded(student: Student, dtype: torch.dtype, kind: str | None) -> Student:
 
 def exact_weights(folder: Path, network: Backbone) -> Backbone:
     """A network of this one's kind with the numbers that the folder's 8 bits stand for, in float32."""
-    state = _class(folder).from_pretrained(folder, torch_dtype=torch.float32).state_dict()
+    return with_weights(network, numbers(_class(folder).from_pretrained(folder, torch_dtype=torch.float32)))
+
+
+def numbers(network: nn.Module) -> dict[str, Tensor]:
+    """What its weights stand for, in float32."""
+    state = network.state_dict()
     quantized = [name for name, tensor in state.items() if type(tensor) not in (Tensor, nn.Parameter)]
     state |= {name: state[name].dequantize() for name in quantized}
-    return with_weights(network, {name: tensor.float() for name, tensor in state.items()})
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def _how(kind: str) -> Any:
+    import torchao.quantization
+
+    return getattr(torchao.quantization, KINDS[kind])()
 
 
 def _class(folder: Path) -> Any:

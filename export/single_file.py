@@ -17,9 +17,9 @@ from torch import Tensor
 from . import fresh_process
 from .fresh_process import ExportFailed
 from .merging import merged
-from .new_folder import bytes_in, check_space, new_folder, target_of
+from .new_folder import check_space, new_folder, target_of
 from .original import to_original
-from .source import Exported, Source, found, write_report
+from .source import Exported, Source, found
 
 _READ = """
 import hashlib
@@ -50,16 +50,17 @@ def export_single_file(
             exact = merged(network)
             state = {name: tensor.to(dtype) for name, tensor in exact.items()}
             name = "transformer" if number == 1 else f"transformer_{number}"
-            written = {key: tensor.contiguous() for key, tensor in to_original(state, source.family).items()}
-            metadata = {"format": "pt", "step": str(number), "sigmas": json.dumps(source.model.sigmas)}
-            save_file(written, new / f"{name}.safetensors", metadata=metadata)
-            _verify(new / f"{name}.safetensors", state, type(network.model).__name__, dict(network.model.config))
+            with source.phase("writing"):
+                written = {key: tensor.contiguous() for key, tensor in to_original(state, source.family).items()}
+                metadata = {"format": "pt", "step": str(number), "sigmas": json.dumps(source.model.sigmas)}
+                save_file(written, new / f"{name}.safetensors", metadata=metadata)
+            with source.phase("checking"):
+                _verify(new / f"{name}.safetensors", state, type(network.model).__name__, dict(network.model.config))
             changed += sum(float((state[key].float() - tensor).square().sum()) for key, tensor in exact.items())
             whole += sum(float(tensor.square().sum()) for tensor in exact.values())
-        rounding, size = (changed / whole) ** 0.5, bytes_in(new)
-        kind = str(dtype).removeprefix("torch.")
-        write_report(new, source.report(dtype=kind, bytes=size, error={"of rounding the weights": rounding}))
-    return Exported(target, size, 0.0, rounding)
+        rounding, named = (changed / whole) ** 0.5, str(dtype).removeprefix("torch.")
+        errors = {"of rounding the weights": rounding}
+        return source.leave(new, target, error=0.0, rounding=rounding, dtype=named, errors=errors)
 
 
 def _verify(file: Path, state: dict[str, Tensor], model: str, config: dict[str, object]) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from ..zoo import Backbone, Student, load_student
 from ..zoo.saved_student import pipeline_path, student_facts, student_folder
+from .new_folder import sizes_in
 
 
 @dataclass(frozen=True)
@@ -22,15 +26,18 @@ class Exported:
     bytes: int
     error: float  # of what a fresh process without this library makes of it, relative; 0: bit for bit
     rounding: float  # what was changed in it by writing it in its dtype or rank, relative
+    seconds: float  # of all, the check included
 
 
 @dataclass(frozen=True)
 class Source:
+    folder: Path
     facts: dict[str, Any]
-    model: Student  # float32, of stock diffusers' blocks
+    model: Student  # float32, of stock diffusers' blocks: what every export is held against
     base: str | Path | None  # where adapters' base was said to lie
     moved: str | Path | None  # where the pipeline was said to lie
     begun: float  # on time.monotonic's clock
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
 
     @classmethod
     def read(cls, student: str | Path, *, base: str | Path | None = None, pipeline: str | Path | None = None) -> Source:
@@ -43,7 +50,22 @@ class Source:
         facts = student_facts(folder)
         if base is not None and "base" not in facts:
             raise ValueError(f"export: --base is {base}, and the student has whole weights, which stand on none")
-        return cls(facts, load_student(folder, base=base, dtype=torch.float32, fused=False), base, pipeline, begun)
+        _check_precision(folder, facts["steps"])
+        model = load_student(folder, base=base, dtype=torch.float32, fused=False)
+        _check_alike(model, facts["steps"])
+        source = cls(folder, facts, model, base, pipeline, begun)
+        source.seconds["reading"] = round(time.monotonic() - begun, 1)
+        return source
+
+    def in_dtype(self, dtype: torch.dtype) -> Student:
+        """The student as it computes in this dtype: what an export in it may be off."""
+        return load_student(self.folder, base=self.base, dtype=dtype, fused=False)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - begun, 1)
 
     @cached_property
     def pipeline(self) -> Path:
@@ -58,6 +80,11 @@ class Source:
         from diffusers import DiffusionPipeline
 
         return Path(DiffusionPipeline.download(str(place), use_safetensors=True))
+
+    @property
+    def place(self) -> str:
+        """The pipeline, as another recipe or command may name it."""
+        return self.facts["pipeline"] if self.moved is None else str(self.pipeline)
 
     @property
     def networks(self) -> list[Backbone]:
@@ -89,17 +116,54 @@ class Source:
         place, subfolder = self.facts.get("base") or self.facts.get("began_as") or [str(self.pipeline), "transformer"]
         return (pipeline_path(place) if self.base is None else str(self.base)), subfolder
 
-    def report(self, **more: Any) -> dict[str, Any]:
-        """What export.json says."""
-        return {
+    def leave(
+        self, new: Path, target: Path, *, error: float, rounding: float, errors: dict[str, Any], **more: Any
+    ) -> Exported:
+        """Writes export.json, the last file of the new folder."""
+        sizes = sizes_in(new)
+        whole, seconds = sum(sizes.values()), round(time.monotonic() - self.begun, 1)
+        facts = {
             "method": self.facts.get("method"),
             "iteration": self.facts.get("iteration"),
             "teacher": self.facts["pipeline"],
             "sigmas": list(self.model.sigmas),
             **more,
-            "seconds": round(time.monotonic() - self.begun, 1),  # of all, the check included
+            "error": errors,
+            "bytes": whole,
+            "bytes of parts": sizes,
+            "seconds": {**self.seconds, "all": seconds},
             "versions": {name: version(name) for name in ("twostep", "torch", "diffusers", "transformers")},
+            "recipe": self.facts.get("recipe"),
         }
+        (new / "export.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        return Exported(target, whole, error, rounding, seconds)
+
+
+def _check_precision(folder: Path, steps: list[str]) -> None:
+    """Tensors of two dtypes are an accident: of files from two runs, or of a network that was quantized."""
+    seen: dict[str, str] = {}
+    for step in dict.fromkeys(steps):
+        for file in sorted([*folder.glob(f"{step}.safetensors"), *folder.glob(f"{step}/*.safetensors")]):
+            with safe_open(file, "pt") as opened:
+                names = opened.keys()
+                for name in names:
+                    seen.setdefault(opened.get_slice(name).get_dtype(), f"{name} of {file.relative_to(folder)}")
+    if len(seen) > 1:
+        there = ", ".join(f"{dtype} ({where})" for dtype, where in seen.items())
+        raise ValueError(f"export: the student's tensors are of mixed precision: {there}; expected one dtype for all")
+
+
+def _check_alike(model: Student, steps: list[str]) -> None:
+    first, *others = model.distinct_networks()
+    names = list(dict.fromkeys(steps))
+    for name, other in zip(names[1:], others, strict=True):
+        mine, theirs = (dict(network.model.config) for network in (first, other))
+        for key in sorted(mine.keys() | theirs.keys()):
+            if not key.startswith("_") and mine.get(key) != theirs.get(key):
+                raise ValueError(
+                    f"export: the student's steps disagree: {key} is {mine.get(key)!r} in {names[0]} and "
+                    f"{theirs.get(key)!r} in {name}; they are not of one run"
+                )
 
 
 def found(student: str | Path) -> Path:
@@ -111,7 +175,3 @@ def found(student: str | Path) -> Path:
 
 def _own(name: str) -> bool:
     return ".lora_" not in name
-
-
-def write_report(folder: Path, facts: dict[str, Any]) -> None:
-    (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

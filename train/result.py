@@ -3,7 +3,7 @@
 full    transformer/ (and transformer_2/, ... where steps have parameters of their own): config.json and safetensors,
         which `load_backbone(folder, subfolder=...)` and diffusers load
 lora    step_1.safetensors, ...: the tensors of each adapter, by PEFT's names
-student.json    sigmas, which network each step runs, the pipeline, and the settings of adapters and their base
+student.json    sigmas, which network each step runs, the pipeline, adapters' settings and base, and the recipe
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ..zoo import AdapterView, Backbone
 from ..zoo.saved_student import FACTS
+from .configuration import resolved
 from .durable_folder import publish, temporary
 from .journal import read_events
 from .methods import Cast
@@ -45,6 +46,7 @@ def write_student(recipe: Recipe, cast: Cast, ranks: Ranks, iteration: int) -> P
             facts |= {"base": began, "rank": role.rank, "alpha": alpha}
         else:
             facts["began_as"] = began
+        facts["recipe"] = resolved(recipe)
         with temporary(recipe.out, "student") as new:
             for name, network, state in zip(names, networks, states, strict=True):
                 _write(new, name, network, state)

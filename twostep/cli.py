@@ -53,6 +53,8 @@ def make_parser(chosen: str | None) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for name in OF_TORCHAO:
+        logging.getLogger(name).addFilter(_worse_than_a_warning)  # again and again is once
     chosen = next((argument for argument in given if not argument.startswith("-")), None)
     parser = make_parser(chosen)
     parsed, rest = parser.parse_known_args(given)
@@ -61,8 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.overrides += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    for name in OF_TORCHAO:
-        logging.getLogger(name).addFilter(_worse_than_a_warning)  # again and again is once
     status = importlib.import_module(COMMANDS[parsed.command][0]).run(parsed)
     return int(status)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, ZImagePipeline
+from safetensors.torch import load_file, save_file
 
 from tests.train import tiny_runs
 from twostep.cli import main
 from twostep.export import ExportFailed, export_folder, folder
+from twostep.export.fresh_process import relative
 from twostep.export.merging import merged
 from twostep.zoo import load_student, load_text_to_image
 
@@ -106,8 +109,100 @@ def test_rounded_weights_are_reported_and_sharded(runs: dict[tuple[str, str, boo
 def test_links_point_to_the_pipelines_parts(
     runs: dict[tuple[str, str, bool], Path], places: dict[str, tiny_runs.Place], tmp_path: Path
 ) -> None:
-    made = export_folder(runs["z-image", "full", False], tmp_path / "out", link=True, dtype=torch.float32)
+    made = export_folder(runs["z-image", "full", False], tmp_path / "out", parts="link", dtype=torch.float32)
     assert (made.folder / "vae").is_symlink() and (made.folder / "vae").resolve() == places["z-image"].model / "vae"
+
+
+@pytest.mark.parametrize("family", ["z-image", "klein"])
+def test_parts_that_are_referenced_are_passed_on(
+    family: str, runs: dict[tuple[str, str, bool], Path], places: dict[str, tiny_runs.Place], tmp_path: Path
+) -> None:
+    run = runs[family, "full", True]
+    made = export_folder(run, tmp_path / "out", parts="reference", dtype=torch.float32)
+    assert made.error <= 1e-5 and not (made.folder / "vae").exists() and not (made.folder / "text_encoder").exists()
+    facts = json.loads((made.folder / "export.json").read_text())
+    assert facts["teacher"] == str(places[family].model) and facts["parts"] == "reference"
+    again = load_text_to_image(made.folder, dtype=torch.float32)  # which knows where they are
+    expected = load_text_to_image(run, dtype=torch.float32).draw(["a red circle"], [3])
+    assert relative(again.draw(["a red circle"], [3]), expected) <= 1e-4
+    with pytest.raises(ValueError, match="parts are 'move', expected one of copy, link, reference"):
+        export_folder(run, tmp_path / "other", parts="move")
+
+
+def test_export_json_says_what_it_is(runs: dict[tuple[str, str, bool], Path], tmp_path: Path) -> None:
+    """Recipe, bytes of every part, seconds of every phase."""
+    made = export_folder(runs["klein", "full", True], tmp_path / "out", dtype=torch.float32)
+    facts = json.loads((made.folder / "export.json").read_text())
+    assert facts["recipe"]["method"]["kind"] == "dp_dmd" and facts["recipe"]["iterations"] == 2
+    parts = facts["bytes of parts"]
+    assert {"transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "pipeline.py"} <= parts.keys()
+    for name in ("transformer_2", "vae"):
+        assert parts[name] == sum(file.stat().st_size for file in (made.folder / name).iterdir())
+    assert sum(parts.values()) == facts["bytes"] == made.bytes
+    seconds = facts["seconds"]
+    assert seconds.keys() == {"reading", "writing", "checking", "all"} and seconds["all"] == made.seconds
+    assert seconds["all"] == pytest.approx(seconds["reading"] + seconds["writing"] + seconds["checking"], abs=0.5)
+
+
+# Students that are not one
+
+
+def _copied(run: Path, to: Path) -> Path:
+    shutil.copytree(run / "student", to)
+    return to
+
+
+def test_mixed_precision_is_refused(
+    runs: dict[tuple[str, str, bool], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a step's network, of one tensor, and of an adapter."""
+    for number, (weights, file) in enumerate((("full", "transformer_2/*.safetensors"), ("lora", "step_2.safetensors"))):
+        student = _copied(runs["z-image", weights, True], tmp_path / str(number))
+        (path,) = student.glob(file)
+        tensors = load_file(path)
+        for some in (tensors, {min(tensors): tensors[min(tensors)]}):
+            save_file(tensors | {name: tensor.bfloat16() for name, tensor in some.items()}, path)
+            assert main(["export", str(student), "--out", str(tmp_path / "out")]) == 2
+            told = capsys.readouterr().err
+            assert (
+                "the student's tensors are of mixed precision: F32 (" in told and "BF16 (" in told and path.name in told
+            )
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_of_two_models_are_refused(runs: dict[tuple[str, str, bool], Path], tmp_path: Path) -> None:
+    student = _copied(runs["z-image", "full", True], tmp_path / "student")
+    config = json.loads((student / "transformer_2" / "config.json").read_text())
+    (student / "transformer_2" / "config.json").write_text(json.dumps(config | {"t_scale": 500.0}))
+    with pytest.raises(ValueError, match=r"disagree: t_scale is 1000\.0 in transformer and 500\.0 in transformer_2"):
+        export_folder(student, tmp_path / "out")
+
+
+def test_a_folder_that_computes_badly_in_its_own_dtype_is_not_left(
+    runs: dict[tuple[str, str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right weights, that its pipeline in bfloat16 draws other images with."""
+    spoiled = 'made["as it is used"] = draw(pipeline)'
+    monkeypatch.setattr(folder, "_PROBE", folder._PROBE.replace(spoiled, spoiled + " * 1.2"))
+    with pytest.raises(ExportFailed, match="the folder's images in bfloat16 are"):
+        export_folder(runs["z-image", "full", True], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["diffusers", "single-file", "lora"])
+def test_a_disk_that_is_full_in_the_middle_leaves_nothing(
+    form: str, runs: dict[tuple[str, str, bool], Path], tmp_path: Path
+) -> None:
+    """A limit on the size of files, which the system reports as a full disk is reported: in the middle of a file."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+        "from twostep.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["export", str(runs["z-image", "full", True]), "--out", str(tmp_path / "out"), "--as", form]
+    words += ["--rank", "16"] if form == "lora" else []
+    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and "File too large" in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_merged_adapters_are_the_students_networks(runs: dict[tuple[str, str, bool], Path]) -> None:
@@ -227,4 +322,4 @@ def test_quantization_says_what_it_needs(
     assert main(["export", str(run), "--out", str(out), "--quantize", "int8"]) == 2
     assert "pip install 'twostep[quantize]'" in capsys.readouterr().err
     assert main(["export", str(run), "--out", str(out), "--as", "onnx", "--quantize", "int8"]) == 2
-    assert "--quantize is for --as diffusers" in capsys.readouterr().err
+    assert "--quantize is for --as diffusers and program, and this is --as onnx" in capsys.readouterr().err

@@ -16,8 +16,8 @@ from tests.zoo.models import CASES, stock_model
 from twostep.cli import main
 from twostep.export import ExportFailed, export_lora, lora
 from twostep.export.lora import named, taken_apart
-from twostep.export.merging import Product
-from twostep.zoo import load_student
+from twostep.export.merging import Product, products
+from twostep.zoo import Backbone, load_student
 from twostep.zoo.saved_student import student_facts
 
 Runs = dict[tuple[str, str, bool], Path]
@@ -118,6 +118,21 @@ def test_the_check_sees_a_wrong_file(runs: Runs, tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_adapters_than_the_students_are_refused(
+    dtype: torch.dtype, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that are consistent in themselves, and not the student."""
+
+    def scaled(network: Backbone) -> dict[str, Product]:
+        return {name: Product(one.down, one.up * 1.3) for name, one in products(network).items()}
+
+    monkeypatch.setattr(lora, "products", scaled)
+    with pytest.raises(ExportFailed, match="images of the factors that were written are"):
+        export_lora(runs["klein", "lora", True], tmp_path / "out", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_base_may_have_moved(runs: Runs, places: dict[str, tiny_runs.Place], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["klein", "lora", True] / "student", run / "student")
@@ -144,7 +159,7 @@ def test_the_command(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([whole, "--as", "lora", "--overwrite"], "say the rank of the product to take from them: --rank"),
         ([whole, "--as", "lora", "--rank", "0", "--overwrite"], "--rank is 0, expected at least 1"),
         ([whole, "--rank", "4", "--overwrite"], "--rank is for --as lora, and this is --as diffusers"),
-        ([whole, "--as", "single-file", "--link", "--overwrite"], "--link is for --as diffusers"),
+        ([whole, "--as", "single-file", "--parts", "link", "--overwrite"], "--parts is for --as diffusers"),
         ([adapters, "--as", "lora"], "is there already"),
     ):
         assert main(["export", *words, "--out", out]) == 2

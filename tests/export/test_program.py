@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from torch import nn
 from twostep.cli import main
 from twostep.export import ExportFailed, export_onnx, export_program, program
 from twostep.export.fresh_process import hold, relative
-from twostep.zoo import load_text_to_image
+from twostep.export.merging import merged
+from twostep.export.quantizing import quantize
+from twostep.zoo import load_student, load_text_to_image
 from twostep.zoo.z_image import packing, traceable
 
 Runs = dict[tuple[str, str, bool], Path]
@@ -88,6 +92,97 @@ def test_the_check_sees_a_wrong_program(runs: Runs, tmp_path: Path, monkeypatch:
     with pytest.raises(ExportFailed, match="onnxruntime's velocities are"):
         export_onnx(runs["klein", "full", False], tmp_path / "out")
     assert seen and list(tmp_path.iterdir()) == []
+
+
+def _times(factor: float) -> Any:
+    own = traceable.TraceableZImage.forward
+
+    def another(self: Any, x: Any, sigma: Any, features: Any, lengths: Any) -> Any:
+        return factor * own(self, x, sigma, features, lengths)
+
+    return another
+
+
+@pytest.mark.parametrize("wrong", ["network", "merging"])
+def test_a_network_that_is_traced_wrongly_is_not_left(
+    wrong: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is traced computes something else than the student: a form of the network, or adapters merged wrongly."""
+    if wrong == "network":
+        monkeypatch.setattr(traceable.TraceableZImage, "forward", _times(1.01))
+    else:
+        monkeypatch.setattr(program, "merged", lambda network: {k: 1.1 * v for k, v in merged(network).items()})
+    with pytest.raises(ExportFailed, match="onnxruntime's velocities are"):
+        export_onnx(runs["z-image", "lora", False], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_program_of_another_network_is_not_left(
+    dtype: torch.dtype, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own rounding is that of the student, not of what was traced."""
+    monkeypatch.setattr(traceable.TraceableZImage, "forward", _times(1.3))
+    with pytest.raises(ExportFailed, match="the program's latents are"):
+        export_program(runs["z-image", "full", False], tmp_path / "out", dtype=dtype, device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "kind"), [("z-image", "fp8"), ("klein", "int8")])
+def test_a_program_of_eight_bits(
+    family: str, kind: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds 8 bits and computes what they stand for, which is the student's to that precision."""
+    pytest.importorskip("torchao")
+    run = runs[family, "full", False]
+    made = export_program(run, tmp_path / "out", device="cpu", quantization=kind)
+    assert made.error <= 1e-5 < made.rounding < 0.3
+    facts = json.loads((made.folder / "export.json").read_text())
+    assert facts["quantization"] == kind and facts["dtype"] == "float32"
+    with zipfile.ZipFile(made.folder / "sampler.pt2") as packed:
+        (code,) = [packed.read(name).decode() for name in packed.namelist() if name.endswith(".wrapper.cpp")]
+    held = {"int8": "dtype_int8", "fp8": "dtype_float8_e4m3fn"}[kind]
+    layers = [m for m in load_student(run).networks[0].modules() if isinstance(m, nn.Linear)]
+    assert len(re.findall(rf"constants_info_\[\d+\]\.dtype = cached_torch_{held};", code)) == len(layers)
+
+    def scaled(network: Any, how: str) -> None:
+        for module in network.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(1.5 * module.weight, requires_grad=False)
+        quantize(network, how)
+
+    monkeypatch.setattr(program, "quantize", scaled)
+    with pytest.raises(ExportFailed, match="latents of the weights that were quantized are"):
+        export_program(run, tmp_path / "other", device="cpu", quantization=kind)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.gpu
+def test_a_program_on_a_gpu(runs: Runs, tmp_path: Path) -> None:
+    for family, weights in (("z-image", "lora"), ("klein", "full")):
+        made = export_program(runs[family, weights, True], tmp_path / family)
+        facts = json.loads((made.folder / "export.json").read_text())
+        assert facts["dtype"] == "bfloat16" and not facts["device"].startswith("CPU")
+        assert 1e-4 < made.error <= 1e-5 + 2 * made.rounding < 0.2
+        ended = subprocess.run(
+            [sys.executable, str(made.folder / "run.py")], capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 0 and ended.stdout.startswith("latents [2, "), ended.stderr
+
+
+def test_weights_beyond_onnxs_limit_lie_beside_it(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "ONNX_LIMIT", 1000)
+    made = export_onnx(runs["klein", "full", False], tmp_path / "out")
+    assert made.error <= 1e-5
+    beside = made.folder / "step_1.onnx.data"
+    weights = runs["klein", "full", False] / "student" / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert beside.stat().st_size > 0.9 * weights.stat().st_size and made.bytes > beside.stat().st_size
+    moved = made.folder.rename(tmp_path / "moved")  # the place of the second is no absolute one
+    import onnxruntime
+
+    onnxruntime.InferenceSession(str(moved / "step_1.onnx"), providers=["CPUExecutionProvider"])
 
 
 def test_an_image_that_is_not_finite_is_off_at_any_place() -> None:
