@@ -57,7 +57,7 @@ stage sanitizer 100 sanitize
 stage models 90 "$python" benchmarks/stock_vs_fused.py --device cuda --seconds 0.5 --out "$out"
 stage unroll 60 "$python" -m twostep bench unroll --device cuda --out "$out"
 stage stash 30 "$python" -m pytest -q -p no:cacheprovider benchmarks/bench_stash.py --benchmark-json "$out/stash.json"
-stage forms 60 "$python" benchmarks/exported_forms.py --device cuda --seconds 0.5 --batch 32 --out "$out"
+stage forms 150 "$python" benchmarks/exported_forms.py --device cuda --seconds 0.5 --batch 32 --out "$out"
 stage kernels 180 "$python" -m twostep bench --device cuda --seconds 0.03 --out "$out" \
   --shapes 4x4608x3840 1x4608x3840 4x1152x3840 1x1152x3840 4x4608x3072 4x4608x4096
 [ -f "$out/kernels.log" ] && tail -n 12 "$out/kernels.log"

@@ -121,6 +121,18 @@ def test_onnx(family: str, here: Path) -> None:
     assert relative(torch.from_numpy(names["x"]), expected) <= 1e-4
 
 
+@families
+def test_images(family: str, here: Path) -> None:
+    """Of a run, of its folder, and of the miniature."""
+    assert main(["export", "runs/first", "--out", "student"]) == 0
+    lines = re.findall(r"^    twostep (sample .*)$", SECTIONS["Images"], re.MULTILINE)
+    assert len(lines) == 3
+    for words in lines:
+        assert main(shlex.split(words)) == 0
+        folder = shlex.split(words)[-1]
+        assert len(list(Path(folder).glob("*.png"))) == int(re.search(r"--count (\d+)", words)[1]) + 1  # and the sheet
+
+
 MAIN = """
 #include <fstream>
 #include <iostream>

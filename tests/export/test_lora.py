@@ -16,7 +16,8 @@ from tests.zoo.models import CASES, stock_model
 from twostep.cli import main
 from twostep.export import ExportFailed, export_lora, lora
 from twostep.export.lora import named, taken_apart
-from twostep.export.merging import Product, products
+from twostep.export.merging import Product, plain, products
+from twostep.export.original import place, to_original
 from twostep.zoo import Backbone, load_student
 from twostep.zoo.saved_student import student_facts
 
@@ -52,6 +53,25 @@ def test_names_are_those_that_are_looked_for(runs: Runs, tmp_path: Path) -> None
     assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight" in found
     assert "diffusion_model.single_blocks.0.linear1.lora_B.weight" in found
     assert not [name for name in found if "to_q" in name or "transformer" in name]
+
+
+@pytest.mark.parametrize("family", ["z-image", "klein"])
+def test_every_key_is_one_that_comfyui_maps(family: str, runs: Runs, tmp_path: Path) -> None:
+    """ComfyUI (comfy/lora.py, model_lora_keys_unet) knows `diffusion_model.` before each weight of the file that it
+    loads, the original's name, and of Z-Image the names of diffusers as well. None is left out, and all fit."""
+    run = runs[family, "lora", False]
+    made = export_lora(run, tmp_path / "out", keys="comfyui", dtype=torch.float32)
+    found = load_file(made.folder / "pytorch_lora_weights.safetensors")
+    network = load_student(run, dtype=torch.float32, fused=False).networks[0]
+    own = plain(network)
+    weights = own if family == "z-image" else to_original(own, "flux2")
+    modules = {name.rsplit(".lora_", 1)[0] for name in found}
+    for module in modules:
+        up, down = (found[f"{module}.lora_{part}.weight"] for part in "BA")
+        weight = weights[f"{module.removeprefix('diffusion_model.')}.weight"]
+        assert (up.shape[0], down.shape[1]) == weight.shape, module
+    adapted = {place(module, network.family).module if family == "klein" else module for module in products(network)}
+    assert modules == {f"diffusion_model.{module}" for module in adapted} and len(found) == 2 * len(modules)
 
 
 def test_joined_products_are_those_of_q_k_and_v() -> None:
