@@ -187,17 +187,30 @@ def read_images(paths: Sequence[Path], size: tuple[int, int] | None = None) -> D
 
 def identity(subject: Subject, order: Order, dtype: torch.dtype) -> str:
     """What decides which images come out, files by their sizes and times."""
-    student = student_folder(subject.where)
-    places = [Path(pipeline_path(subject.where))]
+    decides = [subject.where, subject.settings, asdict(order), str(dtype), files_of(subject.where)]
+    return _digest(decides)
+
+
+def state_of(model: str) -> str:
+    """Another text once a file of the model is another."""
+    return _digest(files_of(model))
+
+
+def files_of(model: str) -> list[tuple[str, int, int]]:
+    """Those of a student, of its pipeline and base, or of a pipeline: names, sizes and times."""
+    student = student_folder(model)
+    places = [Path(pipeline_path(model))]
     if student is not None:
         facts = student_facts(student)
         places = [student, *(Path(pipeline_path(name)) for name in (facts["pipeline"], *facts.get("base", [])[:1]))]
-    files = [
+    return [
         (str(path), path.stat().st_size, path.stat().st_mtime_ns)
         for place in dict.fromkeys(places)
         if place.is_dir()
         for path in sorted(place.rglob("*"))
         if path.suffix in (".safetensors", ".json")
     ]
-    decides = [subject.where, subject.settings, asdict(order), str(dtype), files]
+
+
+def _digest(decides: object) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]

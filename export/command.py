@@ -10,14 +10,17 @@ twostep export runs/first --out networks --as onnx                              
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .source import Exported
 
-FAULT, FAILED = 2, 1
+FAULT, FAILED, INTERRUPTED = 2, 1, 130
 FORMS = ("diffusers", "lora", "single-file", "program", "onnx")
 # Options of some forms alone.
 SOME = {"parts": ("diffusers",), "max_shard_size": ("diffusers",), "quantize": ("diffusers", "program")}
@@ -58,13 +61,25 @@ def run(args: argparse.Namespace) -> int:
     from .fresh_process import ExportFailed
 
     logging.disable_progress_bar()
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _interrupt) if main else None  # so that what is half written is removed
     try:
         made = _export(args)
     except (ValueError, ExportFailed, SafetensorError, OSError) as error:
         print(f"twostep export: {str(error).removeprefix('export: ')}", file=sys.stderr)
         return FAULT if isinstance(error, ValueError) else FAILED
+    except KeyboardInterrupt:
+        print("\ntwostep export: interrupted; nothing was left", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
     print(f"{made.folder}: {made.bytes / 2**20:.1f} MiB in {made.seconds:.0f} s; {_said(args, made)}")
     return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _export(args: argparse.Namespace) -> Exported:

@@ -72,7 +72,7 @@ def export_folder(
     target = target_of(out, overwrite, found(student))
     source = Source.read(student, base=base, pipeline=pipeline)
     model, pipeline = source.model, source.pipeline
-    target_of(out, overwrite, pipeline)
+    source.guard(target)
     index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
     stock, file, own = _family(model, index)
     copied = sum(bytes_in(pipeline / part) for part in OTHER_PARTS) if parts == "copy" else 0
@@ -87,7 +87,8 @@ def export_folder(
             steps = [_name(number) for number in source.order()]
             where = source.place if parts == "reference" else HERE
             facts = {"sigmas": list(model.sigmas), "steps": steps, "pipeline": where}
-            facts |= {"method": source.facts.get("method"), "recipe": source.facts.get("recipe")}
+            facts |= {name: source.facts[name] for name in ("method", "iteration", "recipe") if name in source.facts}
+            facts |= {"teacher": source.place, "began_as": source.began_as()}
             (new / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         with source.phase("checking"):
             errors = _verify(source, new, dtype, quantization, referenced=parts == "reference")
@@ -108,8 +109,9 @@ def _family(model: Student, index: dict[str, Any]) -> tuple[str, str, str]:
     family = model.distinct_networks()[0].family
     if family not in FAMILIES:
         raise ValueError(f"export: the student is a {family}, known are {', '.join(FAMILIES)}")
-    if index["_class_name"] != FAMILIES[family][0]:
-        raise ValueError(f"export: the student's pipeline is a {index['_class_name']}, expected {FAMILIES[family][0]}")
+    if index.get("_class_name") != FAMILIES[family][0]:
+        there = index.get("_class_name", "thing without a class in model_index.json")
+        raise ValueError(f"export: the student's pipeline is a {there}, expected {FAMILIES[family][0]}")
     if len(model.distinct_networks()) > 1 and model.steps != 2:
         raise ValueError(f"export: steps have parameters of their own, and there are {model.steps}: a folder holds two")
     return FAMILIES[family]
@@ -249,7 +251,7 @@ def _verify(
             written.append(exact_weights(new / name, network))
     again = Student(written if len(written) > 1 else written * model.steps, model.sigmas)
     true = probes.images(again)
-    what = "images of the weights that were written are"
+    what = "images of the weights that were written differ from the student's"
     errors[ROUNDED] = hold(relative(true, exact), allowed, what, "the merging")
     noise, settings = probes.noise, probes.settings
     del again, written, probes  # the next one loads it in the folder's dtype, and then the other process all of it
@@ -262,13 +264,16 @@ def _verify(
     facts["elsewhere"] = str(source.pipeline) if referenced else None
     made = fresh_process.run(_PROBE, facts, {"noise": noise}, what="stock diffusers could not run the folder")
     likeliest = "a diffusers that computes this model in another way than the tested one"
-    errors[WRITTEN] = hold(relative(made["images"], true), FLOAT32, "the folder's images are", likeliest)
+    what = "the folder's images differ from the written weights'"
+    errors[WRITTEN] = hold(relative(made["images"], true), FLOAT32, what, likeliest)
     if quantization is not None:
         off = relative(made["as it is used"], true)
         allowed = FLOAT32 + 2 * relative(made["without quantization"], true)
-        hold(off, allowed, "the quantized folder's images are", "a torchao that computes these weights in another way")
+        what = "the quantized folder's images differ from the written weights'"
+        hold(off, allowed, what, "a torchao that computes these weights in another way")
         errors[USED] = relative(made["as it is used"], exact)
     elif dtype != torch.float32:
         off, allowed = relative(made["as it is used"], exact), FLOAT32 + 2 * errors[OWN]
-        errors[USED] = hold(off, allowed, f"the folder's images in {facts['dtype']} are", likeliest)
+        what = f"the folder's images in {facts['dtype']} differ from the student's"
+        errors[USED] = hold(off, allowed, what, likeliest)
     return errors

@@ -65,9 +65,13 @@ def relative(found: Tensor, true: Tensor) -> float:
 
 
 def hold(error: float, allowed: float, what: str, likeliest: str) -> float:
+    """
+    Args:
+        what: is off and from what, as in "the file's weights differ from the student's".
+    """
     if not error <= allowed:
         raise ExportFailed(
-            f"export: {what} {error:.2e} off the student's (relative), allowed are {allowed:.0e}; nothing was left. "
-            f"Likeliest is {likeliest}"
+            f"export: {what} by a relative {error:.2e}, allowed are {allowed:.0e}; nothing was left. Likeliest is "
+            f"{likeliest}"
         )
     return error

@@ -91,7 +91,7 @@ def export_lora(
     if keys not in KEYS:
         raise ValueError(f"export: keys are {keys!r}, expected one of {', '.join(KEYS)}")
     target = target_of(out, overwrite, found(student))
-    source = Source.read(student, base=base, pipeline=pipeline)
+    source = Source.read(student, base=base, pipeline=pipeline, extracting=rank is not None)
     if source.adapters and rank is not None:
         raise ValueError(f"export: --rank is {rank}, and the student's adapters have one: {source.facts['rank']}")
     if not source.adapters and rank is None:
@@ -105,10 +105,12 @@ def export_lora(
         if rank is None:
             factors.append(products(network))
         else:
+            _check_rank(rank, network)
             step, behind = taken_apart(plain(network), state, source.family, rank)
             factors.append(step)
             left.append(behind)
     written = [{name: Product(*(part.to(dtype) for part in one)) for name, one in step.items()} for step in factors]
+    source.guard(target)
     check_space(target.parent, sum(p.nbytes for step in written for one in step.values() for p in one))
     with new_folder(target) as new:
         files = [f"step_{number}.safetensors" for number in range(1, len(written) + 1)]
@@ -143,6 +145,19 @@ def export_lora(
         )
 
 
+def _check_rank(rank: int, network: Backbone) -> None:
+    """Layers of fewer dimensions than the rank take all of theirs."""
+    layers = [tensor for name, tensor in plain(network).items() if _is_target(name, tensor, network.family)]
+    most = max(min(tensor.shape) for tensor in layers)
+    if rank > most:
+        raise ValueError(f"export: --rank is {rank}, and no layer has more than {most} dimensions to take apart")
+
+
+def _is_target(name: str, tensor: Tensor, family: str) -> bool:
+    module = name.removesuffix(".weight")
+    return module != name and tensor.dim() == 2 and re.fullmatch(TARGETS[family], module) is not None
+
+
 def _began_as(where: str, subfolder: str) -> Backbone:
     return load_backbone(where, dtype=torch.float32, fused=False, subfolder=subfolder)
 
@@ -159,8 +174,8 @@ def taken_apart(
     for name, tensor in weights.items():
         change = (tensor - base[name]).float()
         whole += float(change.square().sum())
-        module = name.removesuffix(".weight")
-        if module != name and change.dim() == 2 and re.fullmatch(TARGETS[family], module):
+        if _is_target(name, change, family):
+            module = name.removesuffix(".weight")
             found[module] = _nearest(change, rank)
             change = change - found[module]()
         behind += float(change.square().sum())
@@ -222,7 +237,12 @@ def _verify(
         if dtype != torch.float32:
             own = rounded(source.model, dtype, among=lambda name: ".lora_" in name)
             allowed += 3 * relative(probes.images(own), exact)
-        hold(lost, allowed, "images of the factors that were written are", "the scaling of the factors")
+        hold(
+            lost,
+            allowed,
+            "images of the factors that were written differ from the student's",
+            "the scaling of the factors",
+        )
     facts = {
         "pipeline": str(source.pipeline),
         "base": base[0],
@@ -239,4 +259,6 @@ def _verify(
     del made, again, probes  # the other process loads all of it
     drawn = fresh_process.run(_PROBE, facts, {"noise": noise}, what=what)["images"]
     likeliest = "a diffusers that reads LoRA files in another way than the tested one"
-    return hold(relative(drawn, true), FLOAT32, "stock diffusers draws images", likeliest), lost
+    return hold(
+        relative(drawn, true), FLOAT32, "stock diffusers' images differ from the written factors'", likeliest
+    ), lost

@@ -25,18 +25,23 @@ def target_of(out: str | Path, overwrite: bool, *sources: Path) -> Path:
             raise ValueError(
                 f"export: {target} and {source}, which is exported, are in one another; give another folder"
             )
+    if target.exists() and any(target.iterdir()) and not (target / "export.json").is_file():
+        raise ValueError(
+            f"export: {target} holds no export, and --overwrite replaces nothing else; give another folder"
+        )
     return target
 
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """What is written into it becomes `target`, in the place of what was there; an error leaves all as it was."""
+    made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     old = new.with_name(f"{new.name}.old")
     try:
         yield new
-        new.chmod(0o755)
+        new.chmod(target.parent.stat().st_mode & 0o777)  # a temporary folder is its owner's alone
         if target.exists():
             target.rename(old)
         try:
@@ -47,6 +52,9 @@ def new_folder(target: Path) -> Iterator[Path]:
             raise
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
         raise
     if old.exists():
         shutil.rmtree(old)

@@ -22,13 +22,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.exc import InductorError
 from torch._inductor.utils import fresh_inductor_cache
 
 from .. import ops
 from ..zoo import Backbone, Context, Student, fuse
 from ..zoo.program import Steps, Traceable, batch_dim, network
 from . import fresh_process
-from .fresh_process import hold, relative
+from .fresh_process import ExportFailed, hold, relative
 from .merging import merged, with_weights
 from .new_folder import check_space, new_folder, target_of
 from .probes import FLOAT32, PROMPTS, Probes
@@ -90,6 +91,7 @@ def export_program(
         )
     target = target_of(out, overwrite, found(student))
     source = Source.read(student, base=base, pipeline=pipeline)
+    source.guard(target)
     check_space(target.parent, 3 * source.parameters * dtype.itemsize)  # its pieces lie there while it is put together
     with new_folder(target) as new, torch.no_grad():
         with source.phase("compiling"):
@@ -134,8 +136,11 @@ def compile_program(
     traced = _traced(steps, example, dims)
     for case in cases:
         traced.module()(**case)
-    with _quiet(), fresh_inductor_cache(dir=str(file.parent)):
-        torch._inductor.aoti_compile_and_package(traced, package_path=str(file))
+    try:
+        with _quiet(), fresh_inductor_cache(dir=str(file.parent)):
+            torch._inductor.aoti_compile_and_package(traced, package_path=str(file))
+    except InductorError as error:
+        raise ExportFailed(f"export: torch's compiler failed; nothing was left. {error}") from error
 
 
 def export_onnx(
@@ -153,9 +158,11 @@ def export_onnx(
         raise ValueError(f"export: {', '.join(absent)} are not installed:  pip install 'twostep[onnx]'")
     target = target_of(out, overwrite, found(student))
     source = Source.read(student, base=base, pipeline=pipeline)
+    source.guard(target)
     check_space(target.parent, source.parameters * torch.float32.itemsize)
     model = _fused(source, torch.float32, "cpu")
-    cases = [_of_network(case) for case in _cases(Steps(model).example, source, torch.float32, "cpu")]
+    samples = _cases(Steps(model).example, source, torch.float32, "cpu")
+    cases = [_of_network(case, sigma) for case in samples for sigma in (None, *source.model.sigmas[:-1])]
     errors: list[float] = []
     with new_folder(target) as new, torch.no_grad():
         for number, one in enumerate(model.distinct_networks()):
@@ -243,10 +250,12 @@ def _cases(example: Callable[..., Case], source: Source, dtype: torch.dtype, dev
     return [{name: tensor.to(device) for name, tensor in case.items()} for case in cases]
 
 
-def _of_network(case: Case) -> Case:
-    """A sampler's inputs as those of a network by itself."""
+def _of_network(case: Case, sigma: float | None) -> Case:
+    """A sampler's inputs as those of a network by itself: at a level of the student's, or each sample at its own."""
     context = {name: tensor for name, tensor in case.items() if name != "noise"}
-    return {"x": case["noise"], "sigma": torch.full((len(case["noise"]),), 0.5), **context}
+    count = len(case["noise"])
+    levels = torch.linspace(0.9, 0.1, count) if sigma is None else torch.full((count,), sigma)
+    return {"x": case["noise"], "sigma": levels, **context}
 
 
 def _context(case: Case) -> Context:
@@ -255,7 +264,8 @@ def _context(case: Case) -> Context:
 
 
 def _numbered(cases: list[Case]) -> Case:
-    return {f"{number}.{name}": t.cpu() for number, case in enumerate(cases) for name, t in case.items()}
+    # Copies: cases may share tensors, and a file of safetensors takes none twice.
+    return {f"{number}.{name}": t.cpu().clone() for number, case in enumerate(cases) for name, t in case.items()}
 
 
 def _sampled(new: Path, cases: list[Case], device: str) -> list[Tensor]:
@@ -270,7 +280,6 @@ def _sampled(new: Path, cases: list[Case], device: str) -> list[Tensor]:
 
 
 # What is measured, all relative and of latents.
-WRITTEN = "against the written weights in float32"
 OWN = "of the student in this dtype"
 ROUNDED = "of rounding the weights"
 
@@ -303,19 +312,23 @@ def _verify(
     if written is not None:
         stands_for = sampled(written, torch.float32)
         allowed = FLOAT32 + 3 * worst(sampled(rounded(source.model, dtype, quantization), torch.float32), true)
-        what = "latents of the weights that were quantized are"
+        what = "latents of the weights that were quantized differ from the student's"
         errors[ROUNDED] = hold(worst(stands_for, true), allowed, what, "a torchao that rounds in another way")
-    what, likeliest, allowed = "the program's latents are", "a compiler other than the tested one", FLOAT32 + 2 * own
-    pairs = zip(made, stands_for, strict=True)
-    errors[WRITTEN] = max(hold(relative(one, exact), allowed, what, likeliest) for one, exact in pairs)
-    return errors[WRITTEN], errors
+    against = "the student" if written is None else "what the 8 bits stand for"
+    what, allowed = f"the program's latents differ from those of {against}", FLOAT32 + 2 * own
+    pairs, likeliest = zip(made, stands_for, strict=True), "a compiler other than the tested one"
+    error = max(hold(relative(one, exact), allowed, what, likeliest) for one, exact in pairs)
+    return error, {f"of latents, against {against}": error, **errors}
 
 
 def _verify_onnx(file: Path, network: Backbone, cases: list[Case]) -> float:
     """onnxruntime's velocities against those of the student's own network, adapter and all, of stock blocks."""
     facts = {"file": str(file), "cases": len(cases)}
     made = fresh_process.run(_ONNX, facts, _numbered(cases), what="onnxruntime could not run the network")
-    what, likeliest = "onnxruntime's velocities are", "an onnxscript that writes these operators in another way"
+    what, likeliest = (
+        "onnxruntime's velocities differ from the student's",
+        "an onnxscript that writes these operators in another way",
+    )
     errors = []
     for number, case in enumerate(cases):
         true = network.velocity(case["x"], case["sigma"], _context(case))

@@ -11,14 +11,18 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..zoo import Backbone, Context, Student, fuse
+from ..zoo.program import network as traceable
 from . import fresh_process
-from .fresh_process import ExportFailed
-from .merging import merged
+from .fresh_process import ExportFailed, hold, relative
+from .merging import merged, with_weights
 from .new_folder import check_space, new_folder, target_of
-from .original import to_original
+from .original import from_original, to_original
+from .probes import FLOAT32
+from .quantizing import rounded
 from .source import Exported, Source, found
 
 _READ = """
@@ -43,9 +47,10 @@ def export_single_file(
     """Writes the folder, or raises and leaves nothing."""
     target = target_of(out, overwrite, found(student))
     source = Source.read(student, base=base)
+    source.guard(target)
     check_space(target.parent, source.parameters * dtype.itemsize)
     with new_folder(target) as new:
-        changed, whole = 0.0, 0.0
+        changed, whole, error = 0.0, 0.0, 0.0
         for number, network in enumerate(source.networks, start=1):
             exact = merged(network)
             state = {name: tensor.to(dtype) for name, tensor in exact.items()}
@@ -56,11 +61,31 @@ def export_single_file(
                 save_file(written, new / f"{name}.safetensors", metadata=metadata)
             with source.phase("checking"):
                 _verify(new / f"{name}.safetensors", state, type(network.model).__name__, dict(network.model.config))
+                own = None if dtype == torch.float32 else rounded(Student([network], (1.0, 0.0)), dtype)
+                error = max(error, _hold(new / f"{name}.safetensors", network, own))
             changed += sum(float((state[key].float() - tensor).square().sum()) for key, tensor in exact.items())
             whole += sum(float(tensor.square().sum()) for tensor in exact.values())
         rounding, named = (changed / whole) ** 0.5, str(dtype).removeprefix("torch.")
-        errors = {"of rounding the weights": rounding}
+        errors = {"of velocities, against the student": error, "of rounding the weights": rounding}
         return source.leave(new, target, error=0.0, rounding=rounding, dtype=named, errors=errors)
+
+
+def _hold(file: Path, network: Backbone, own: Student | None) -> float:
+    """Velocities of the file's weights against those of the student's own network, adapter and all: float32's distance,
+    and in another dtype at most thrice what rounding the student's own tensors (`own`) does more."""
+    again = with_weights(network, {n: t.float() for n, t in from_original(load_file(file), network.family).items()})
+    fuse(again.model)
+    factor = network.latent_factor
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        given = traceable(again).example(2, 4 * factor, 6 * factor, 64)
+        context = Context(given["features"], lengths=given.get("lengths"))
+        true = network.velocity(given["x"], given["sigma"], context)
+        allowed = FLOAT32
+        if own is not None:
+            allowed += 3 * relative(own.distinct_networks()[0].velocity(given["x"], given["sigma"], context), true)
+        found = again.velocity(given["x"], given["sigma"], context)
+    return hold(relative(found, true), allowed, "the file's velocities differ from the student's", "the merging")
 
 
 def _verify(file: Path, state: dict[str, Tensor], model: str, config: dict[str, object]) -> None:

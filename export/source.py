@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..zoo import Backbone, Student, load_student
 from ..zoo.saved_student import pipeline_path, student_facts, student_folder
@@ -34,24 +34,34 @@ class Source:
     folder: Path
     facts: dict[str, Any]
     model: Student  # float32, of stock diffusers' blocks: what every export is held against
-    base: str | Path | None  # where adapters' base was said to lie
-    moved: str | Path | None  # where the pipeline was said to lie
+    base: str | None  # where adapters' base was said to lie
+    moved: str | None  # where the pipeline was said to lie
     begun: float  # on time.monotonic's clock
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
 
     @classmethod
-    def read(cls, student: str | Path, *, base: str | Path | None = None, pipeline: str | Path | None = None) -> Source:
+    def read(
+        cls,
+        student: str | Path,
+        *,
+        base: str | Path | None = None,
+        pipeline: str | Path | None = None,
+        extracting: bool = False,
+    ) -> Source:
         """
         Args:
             base: of adapters, where it lies now.
             pipeline: where the pipeline that the student was made for lies now.
+            extracting: whole weights are to be taken for their base and a change of it, so they have a base too.
         """
         begun, folder = time.monotonic(), found(student)
         facts = student_facts(folder)
-        if base is not None and "base" not in facts:
+        facts["pipeline"] = facts.get("teacher", facts["pipeline"])  # an export's own may have code of its own
+        base, pipeline = _resolved(base), _resolved(pipeline)
+        if base is not None and "base" not in facts and not extracting:
             raise ValueError(f"export: --base is {base}, and the student has whole weights, which stand on none")
         _check_precision(folder, facts["steps"])
-        model = load_student(folder, base=base, dtype=torch.float32, fused=False)
+        model = load_student(folder, base=base if "base" in facts else None, dtype=torch.float32, fused=False)
         _check_alike(model, facts["steps"])
         source = cls(folder, facts, model, base, pipeline, begun)
         source.seconds["reading"] = round(time.monotonic() - begun, 1)
@@ -59,7 +69,8 @@ class Source:
 
     def in_dtype(self, dtype: torch.dtype) -> Student:
         """The student as it computes in this dtype: what an export in it may be off."""
-        return load_student(self.folder, base=self.base, dtype=dtype, fused=False)
+        base = self.base if self.adapters else None
+        return load_student(self.folder, base=base, dtype=dtype, fused=False)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -111,10 +122,25 @@ class Source:
     def adapters(self) -> bool:
         return "base" in self.facts
 
+    def began_as(self) -> list[str]:
+        """As a recipe names it."""
+        return self.facts.get("base") or self.facts.get("began_as") or [self.place, "transformer"]
+
     def base_transformer(self) -> tuple[str, str]:
         """The place and subfolder of the network that adapters stand on, or that weights began as."""
-        place, subfolder = self.facts.get("base") or self.facts.get("began_as") or [str(self.pipeline), "transformer"]
-        return (pipeline_path(place) if self.base is None else str(self.base)), subfolder
+        place, subfolder = self.began_as()
+        if self.base is not None:
+            return str(self.base), subfolder
+        return pipeline_path(self.place if place == self.facts["pipeline"] else place), subfolder
+
+    def guard(self, target: Path) -> None:
+        """What is written must not take the place of what the student stands on, whoever asks to overwrite."""
+        for name, place in (("pipeline", self.place), ("base", self.base_transformer()[0])):
+            folder = Path(pipeline_path(place))
+            if folder.is_dir() and _in_one_another(target, folder.resolve()):
+                raise ValueError(
+                    f"export: {target} and {folder}, the student's {name}, are in one another; give another folder"
+                )
 
     def leave(
         self, new: Path, target: Path, *, error: float, rounding: float, errors: dict[str, Any], **more: Any
@@ -125,7 +151,7 @@ class Source:
         facts = {
             "method": self.facts.get("method"),
             "iteration": self.facts.get("iteration"),
-            "teacher": self.facts["pipeline"],
+            "teacher": self.place,
             "sigmas": list(self.model.sigmas),
             **more,
             "error": errors,
@@ -144,10 +170,13 @@ def _check_precision(folder: Path, steps: list[str]) -> None:
     seen: dict[str, str] = {}
     for step in dict.fromkeys(steps):
         for file in sorted([*folder.glob(f"{step}.safetensors"), *folder.glob(f"{step}/*.safetensors")]):
-            with safe_open(file, "pt") as opened:
-                names = opened.keys()
-                for name in names:
-                    seen.setdefault(opened.get_slice(name).get_dtype(), f"{name} of {file.relative_to(folder)}")
+            try:
+                opened = safe_open(file, "pt")
+            except SafetensorError as error:
+                raise ValueError(f"export: {file} is not a whole safetensors file: {error}") from None
+            names = opened.keys()
+            for name in names:
+                seen.setdefault(opened.get_slice(name).get_dtype(), f"{name} of {file.relative_to(folder)}")
     if len(seen) > 1:
         there = ", ".join(f"{dtype} ({where})" for dtype, where in seen.items())
         raise ValueError(f"export: the student's tensors are of mixed precision: {there}; expected one dtype for all")
@@ -171,6 +200,18 @@ def found(student: str | Path) -> Path:
     if folder is None:
         raise ValueError(f"export: {student} has no student.json; give a run's folder, or the student/ in it")
     return folder
+
+
+def _resolved(place: str | Path | None) -> str | None:
+    """Found again from any working directory; what is no folder here may be one of the hub."""
+    if place is None:
+        return None
+    folder = Path(place).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(place)
+
+
+def _in_one_another(one: Path, other: Path) -> bool:
+    return one == other or one in other.parents or other in one.parents
 
 
 def _own(name: str) -> bool:

@@ -70,8 +70,9 @@ def test_the_same_command_goes_on(
     assert set(drawn) == {"a star"} and "3 images" in capsys.readouterr().out
     with Image.open(out / "0001-a-star-0.png") as image:
         assert image.size == (48, 32)
-    assert main([*words, "--guidance", "3"]) == 2  # other images of the same names
-    assert "is there, and is another image" in capsys.readouterr().err
+    for other in (["--guidance", "3"], ["--dtype", "bfloat16"]):  # other images of the same names
+        assert main([*words, *other]) == 2
+        assert "is there, and is another image" in capsys.readouterr().err
     assert main([*words, "--guidance", "3", "--overwrite"]) == 0
 
 
@@ -84,6 +85,10 @@ def test_the_same_command_goes_on(
         (["--prompt", "a", "--count", "0"], "--count is 0"),
         (["--prompt", "a", "--size", "60", "64"], "the size is 60 x 64, expected multiples of 8"),
         (["--prompt", "a", "--subfolder", "other"], "other"),
+        (["--prompt", "a", "--device", "foo"], "the device is 'foo', expected cpu, cuda or cuda:N"),
+        (["--prompt", "a", "--device", "cuda:99"], "the device is cuda:99, and torch"),
+        (["--prompt", "a", "--seed", "99999999999999999999"], "--seed is 99999999999999999999, expected a number"),
+        (["--prompt", "a", "--seed", "-1"], "--seed is -1, expected a number from 0"),
     ],
 )
 def test_mistakes_are_explained(

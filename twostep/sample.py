@@ -19,6 +19,7 @@ from typing import Any
 
 FAULT, INTERRUPTED = 2, 130
 MOST_ON_SHEET = 256
+LARGEST_SEED = 2**63 - 1  # that a generator of torch takes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder of the images")
     add("--steps", type=int, help="of a pipeline; a student has its own (default for a pipeline: 8)")
     add("--guidance", type=float, default=1.0, metavar="W", help="of a pipeline; 1 is none (default: 1)")
-    add("--subfolder", default="transformer", help="where in a pipeline the transformer lies (default: %(default)s)")
+    add("--subfolder", help="where in a pipeline the transformer lies (default: transformer)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="in pixels (default: what the model was made for)")
     add("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
     add(
@@ -70,6 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     import torch
     from transformers.utils import logging
 
+    from .evaluate.subjects import state_of
     from .zoo import load_text_to_image
     from .zoo.saved_student import student_folder
 
@@ -81,20 +83,23 @@ def _run(args: argparse.Namespace) -> int:
         Wanted(number, prompt, args.seed + copy)
         for number, (prompt, copy) in enumerate((p, c) for p in prompts for c in range(args.count))
     ]
+    if not 0 <= args.seed <= LARGEST_SEED - args.count:
+        raise ValueError(f"--seed is {args.seed}, expected a number from 0 to {LARGEST_SEED - args.count}")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    student = student_folder(args.model) is not None
+    if student and args.subfolder is not None:
+        raise ValueError(f"--subfolder is {args.subfolder}, and {args.model} is a student, whose networks are its own")
     facts = {"model": str(args.model), "steps": args.steps, "guidance": args.guidance, "subfolder": args.subfolder}
-    facts["size"] = args.size
+    facts |= {"size": args.size, "dtype": str(dtype).removeprefix("torch."), "files": state_of(args.model)}
     missing = [one for one in wanted if args.overwrite or not _is_there(args.out / one.name, one, facts)]
-    args.out.mkdir(parents=True, exist_ok=True)
     if missing:
         logging.disable_progress_bar()
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-        steps = args.steps
-        if steps is None and student_folder(args.model) is None:
-            steps = 8
+        steps, subfolder = 8 if args.steps is None and not student else args.steps, args.subfolder or "transformer"
         model = load_text_to_image(
-            args.model, steps=steps, guidance=args.guidance, subfolder=args.subfolder, dtype=dtype, device=device
+            args.model, steps=steps, guidance=args.guidance, subfolder=subfolder, dtype=dtype, device=device
         )
+        args.out.mkdir(parents=True, exist_ok=True)
         _draw(model, missing, args, facts)
     sheet = _sheet([args.out / one.name for one in wanted], wanted, args.out / "sheet.png")
     print(f"{len(wanted)} images in {args.out} ({len(wanted) - len(missing)} were there){sheet}")

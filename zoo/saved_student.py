@@ -32,10 +32,18 @@ def student_folder(path: str | Path) -> Path | None:
 
 
 def student_facts(folder: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    absent = sorted({"sigmas", "steps", "pipeline"} - facts.keys())
-    if absent:
-        raise ValueError(f"load_student: {folder / FACTS} does not say {', '.join(absent)}; was it written by a run?")
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"load_student: {folder / FACTS} is not JSON: {error}") from None
+    kinds: dict[str, type] = {"sigmas": list, "steps": list, "pipeline": str}
+    if isinstance(facts, dict) and "base" in facts:
+        kinds |= {"base": list, "rank": int, "alpha": (int, float)}  # type: ignore[dict-item]
+    wrong = (
+        sorted(kinds) if not isinstance(facts, dict) else [n for n in kinds if not isinstance(facts.get(n), kinds[n])]
+    )
+    if wrong:
+        raise ValueError(f"load_student: {folder / FACTS} does not say {', '.join(wrong)}; was it written by a run?")
     if facts["pipeline"] == HERE:
         facts["pipeline"] = str(folder)
     return facts

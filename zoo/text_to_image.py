@@ -97,6 +97,7 @@ def load_text_to_image(
         steps, guidance, shift: of a pipeline's transformer; a student has its own and takes none.
         subfolder: where in a pipeline the transformer lies.
     """
+    _check_device(device)
     student = student_folder(path)
     if student is not None:
         if steps is not None or guidance != 1 or shift is not None:
@@ -125,3 +126,15 @@ def load_text_to_image(
     if isinstance(model, Teacher) and guidance != 1:
         model.negative = text_encoder.encode([""]).to(device)
     return TextToImage(text_encoder, autoencoder, model)
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"load_text_to_image: the device is {str(device)!r}, expected cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"load_text_to_image: the device is {device}, and torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} GPUs"
+        )

@@ -23,16 +23,36 @@ def load():
 
 
 def sample(sampler, noise, features, lengths=None):
-    """Latents; what the program would take without a word and compute wrongly is an error."""
+    """Latents. The program itself checks nothing: what it would compute wrongly without a word is an error here."""
+    given = {"noise": noise, "features": features}
+    if lengths is not None:
+        given["lengths"] = lengths
+    inputs, sizes = json.loads((HERE / "export.json").read_text())["inputs"], {}
+    if given.keys() != inputs.keys():
+        raise ValueError(f"given are {', '.join(given)}, expected {', '.join(inputs)}")
+    for name, one in inputs.items():
+        shape, dtype = list(given[name].shape), str(given[name].dtype).removeprefix("torch.")
+        fits = dtype == one["dtype"] and len(shape) == len(one["shape"])
+        if not fits or not all(_fits(n, size, sizes) for n, size in zip(shape, one["shape"], strict=True)):
+            also = f", with {', '.join(f'{k} = {v}' for k, v in sizes.items())}" if sizes else ""
+            raise ValueError(f"{name} is {dtype} of shape {shape}, expected {one['dtype']} of {one['shape']}{also}")
     if lengths is not None:
         tokens = features.shape[1]
-        if tokens % 32 or not ((lengths > tokens - 32) & (lengths <= tokens)).all():
+        if not ((lengths > tokens - 32) & (lengths <= tokens)).all():
             raise ValueError(
                 f"features hold {tokens} tokens and captions end at {lengths.tolist()}: fill up to a multiple of 32, "
                 f"and put captions into one call that end within the same 32"
             )
-        return sampler(noise=noise, features=features, lengths=lengths)
-    return sampler(noise=noise, features=features)
+    return sampler(**{name: tensor.contiguous() for name, tensor in given.items()})
+
+
+def _fits(given, size, sizes):
+    """Whether a size is the number, or a multiple such as 2*rows of the same rows as before."""
+    if isinstance(size, int):
+        return given == size
+    factor, _, name = size.rpartition("*")
+    count, rest = divmod(given, int(factor or 1))
+    return rest == 0 and count > 0 and sizes.setdefault(name, count) == count
 
 
 def random_inputs(batch=2, height=16, width=16, tokens=32):

@@ -131,6 +131,9 @@ def test_images(family: str, here: Path) -> None:
         assert main(shlex.split(words)) == 0
         folder = shlex.split(words)[-1]
         assert len(list(Path(folder).glob("*.png"))) == int(re.search(r"--count (\d+)", words)[1]) + 1  # and the sheet
+    (file,) = Path("student").glob("transformer/*.safetensors")
+    file.touch()  # another model, for all that is known
+    assert main([*shlex.split(lines[1])]) == 2 == main([*shlex.split(lines[0]), "--subfolder", "transformer_2"])
 
 
 MAIN = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, ZImagePipeline
-from safetensors.torch import load_file, save_file
 
 from tests.train import tiny_runs
 from twostep.cli import main
@@ -56,6 +54,8 @@ def test_the_library_takes_the_folder_for_the_student(
     family: str, kind: str | None, per_step: bool, runs: dict[tuple[str, str, bool], Path], tmp_path: Path
 ) -> None:
     """Wherever it has been moved to, in its own steps and no others."""
+    if kind is not None:
+        pytest.importorskip("torchao")
     run = runs[family, "full", per_step]
     made = export_folder(run, tmp_path / "made", dtype=torch.float32, quantization=kind)
     moved = made.folder.rename(tmp_path / "moved")
@@ -79,7 +79,7 @@ def test_other_weights_than_the_students_are_refused(
 ) -> None:
     """A folder that is consistent in itself, and not the student."""
     monkeypatch.setattr(folder, "merged", lambda network: {k: 1.3 * v for k, v in merged(network).items()})
-    with pytest.raises(ExportFailed, match="images of the weights that were written are"):
+    with pytest.raises(ExportFailed, match="images of the weights that were written differ"):
         export_folder(runs["z-image", weights, True], tmp_path / "out", dtype=dtype)
     assert not list(tmp_path.iterdir())
 
@@ -144,47 +144,13 @@ def test_export_json_says_what_it_is(runs: dict[tuple[str, str, bool], Path], tm
     assert seconds["all"] == pytest.approx(seconds["reading"] + seconds["writing"] + seconds["checking"], abs=0.5)
 
 
-# Students that are not one
-
-
-def _copied(run: Path, to: Path) -> Path:
-    shutil.copytree(run / "student", to)
-    return to
-
-
-def test_mixed_precision_is_refused(
-    runs: dict[tuple[str, str, bool], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of a step's network, of one tensor, and of an adapter."""
-    for number, (weights, file) in enumerate((("full", "transformer_2/*.safetensors"), ("lora", "step_2.safetensors"))):
-        student = _copied(runs["z-image", weights, True], tmp_path / str(number))
-        (path,) = student.glob(file)
-        tensors = load_file(path)
-        for some in (tensors, {min(tensors): tensors[min(tensors)]}):
-            save_file(tensors | {name: tensor.bfloat16() for name, tensor in some.items()}, path)
-            assert main(["export", str(student), "--out", str(tmp_path / "out")]) == 2
-            told = capsys.readouterr().err
-            assert (
-                "the student's tensors are of mixed precision: F32 (" in told and "BF16 (" in told and path.name in told
-            )
-    assert not (tmp_path / "out").exists()
-
-
-def test_steps_of_two_models_are_refused(runs: dict[tuple[str, str, bool], Path], tmp_path: Path) -> None:
-    student = _copied(runs["z-image", "full", True], tmp_path / "student")
-    config = json.loads((student / "transformer_2" / "config.json").read_text())
-    (student / "transformer_2" / "config.json").write_text(json.dumps(config | {"t_scale": 500.0}))
-    with pytest.raises(ValueError, match=r"disagree: t_scale is 1000\.0 in transformer and 500\.0 in transformer_2"):
-        export_folder(student, tmp_path / "out")
-
-
 def test_a_folder_that_computes_badly_in_its_own_dtype_is_not_left(
     runs: dict[tuple[str, str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Right weights, that its pipeline in bfloat16 draws other images with."""
     spoiled = 'made["as it is used"] = draw(pipeline)'
     monkeypatch.setattr(folder, "_PROBE", folder._PROBE.replace(spoiled, spoiled + " * 1.2"))
-    with pytest.raises(ExportFailed, match="the folder's images in bfloat16 are"):
+    with pytest.raises(ExportFailed, match="the folder's images in bfloat16 differ"):
         export_folder(runs["z-image", "full", True], tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -232,7 +198,7 @@ def test_a_folder_that_draws_something_else_is_not_left(
         (new / "pipeline.py").write_text(text.replace("pipeline.transformer = pipeline.transformer_2", "pass"))
 
     monkeypatch.setattr(folder, "_write_index", exchanged)
-    with pytest.raises(ExportFailed, match="off the student's"):
+    with pytest.raises(ExportFailed, match="the folder's images differ"):
         export_folder(run, tmp_path / "out")
     monkeypatch.setattr(folder, "_write_index", lambda *_: None)
     with pytest.raises(ExportFailed, match="stock diffusers could not run the folder"):
@@ -304,7 +270,7 @@ def test_eight_bits_that_do_not_compute_are_refused(
     spoiled = 'made["as it is used"] = draw(pipeline)'
     assert spoiled in folder._PROBE
     monkeypatch.setattr(folder, "_PROBE", folder._PROBE.replace(spoiled, spoiled + " * 1.2"))
-    with pytest.raises(ExportFailed, match="the quantized folder's images are"):
+    with pytest.raises(ExportFailed, match="the quantized folder's images differ"):
         export_folder(run, tmp_path / "out", quantization="int8")
     assert not list(tmp_path.iterdir())
 

@@ -58,13 +58,18 @@ def test_names_are_those_that_are_looked_for(runs: Runs, tmp_path: Path) -> None
 @pytest.mark.parametrize("family", ["z-image", "klein"])
 def test_every_key_is_one_that_comfyui_maps(family: str, runs: Runs, tmp_path: Path) -> None:
     """ComfyUI (comfy/lora.py, model_lora_keys_unet) knows `diffusion_model.` before each weight of the file that it
-    loads, the original's name, and of Z-Image the names of diffusers as well. None is left out, and all fit."""
+    loads, by the original's names; of Z-Image also q, k and v as rows of qkv, and out as to_out.0 (comfy/utils.py,
+    z_image_to_diffusers). None is left out, and all fit."""
     run = runs[family, "lora", False]
     made = export_lora(run, tmp_path / "out", keys="comfyui", dtype=torch.float32)
     found = load_file(made.folder / "pytorch_lora_weights.safetensors")
     network = load_student(run, dtype=torch.float32, fused=False).networks[0]
-    own = plain(network)
-    weights = own if family == "z-image" else to_original(own, "flux2")
+    weights = to_original(plain(network), network.family)
+    if family == "z-image":
+        for name in [name for name in weights if name.endswith(".attention.qkv.weight")]:
+            attention, rows = name.removesuffix("qkv.weight"), weights[name].chunk(3)
+            weights |= {f"{attention}to_{part}.weight": some for part, some in zip("qkv", rows, strict=True)}
+            weights[f"{attention}to_out.0.weight"] = weights[f"{attention}out.weight"]
     modules = {name.rsplit(".lora_", 1)[0] for name in found}
     for module in modules:
         up, down = (found[f"{module}.lora_{part}.weight"] for part in "BA")
@@ -133,7 +138,7 @@ def test_the_check_sees_a_wrong_file(runs: Runs, tmp_path: Path, monkeypatch: py
         return named({name: Product(one.down, one.up * 0.5) for name, one in factors.items()}, family, keys)
 
     monkeypatch.setattr(lora, "named", halved)
-    with pytest.raises(ExportFailed, match="off the student's"):
+    with pytest.raises(ExportFailed, match="stock diffusers' images differ"):
         export_lora(runs["z-image", "lora", True], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -148,7 +153,7 @@ def test_other_adapters_than_the_students_are_refused(
         return {name: Product(one.down, one.up * 1.3) for name, one in products(network).items()}
 
     monkeypatch.setattr(lora, "products", scaled)
-    with pytest.raises(ExportFailed, match="images of the factors that were written are"):
+    with pytest.raises(ExportFailed, match="images of the factors that were written differ"):
         export_lora(runs["klein", "lora", True], tmp_path / "out", dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 
@@ -178,6 +183,7 @@ def test_the_command(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([adapters, "--as", "lora", "--rank", "4", "--overwrite"], "--rank is 4, and the student's adapters have one"),
         ([whole, "--as", "lora", "--overwrite"], "say the rank of the product to take from them: --rank"),
         ([whole, "--as", "lora", "--rank", "0", "--overwrite"], "--rank is 0, expected at least 1"),
+        ([whole, "--as", "lora", "--rank", "9999", "--overwrite"], "--rank is 9999, and no layer has more than"),
         ([whole, "--rank", "4", "--overwrite"], "--rank is for --as lora, and this is --as diffusers"),
         ([whole, "--as", "single-file", "--parts", "link", "--overwrite"], "--parts is for --as diffusers"),
         ([adapters, "--as", "lora"], "is there already"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twostep.cli import main
 from twostep.export import ExportFailed, export_onnx, export_program, program
@@ -20,6 +21,7 @@ from twostep.export.fresh_process import hold, relative
 from twostep.export.merging import merged
 from twostep.export.quantizing import quantize
 from twostep.zoo import load_student, load_text_to_image
+from twostep.zoo.flux2 import traceable as flux2_traceable
 from twostep.zoo.z_image import packing, traceable
 
 Runs = dict[tuple[str, str, bool], Path]
@@ -42,8 +44,19 @@ def test_a_program_samples_what_the_student_samples(family: str, weights: str, r
     given = {"noise": student.noise([1, 2]), "features": features}
     if family == "z-image":
         given["lengths"] = torch.tensor(lengths)
-    sampler = torch._inductor.aoti_load_package(str(made.folder / "sampler.pt2"))
-    assert relative(sampler(**given), student.model.sample(given["noise"], context)) <= 1e-5
+    run = runpy.run_path(str(made.folder / "run.py"))
+    sampler, expected = run["load"](), student.model.sample(given["noise"], context)
+    assert relative(sampler(**given), expected) <= 1e-5
+    # What the program would take without a word is told by the folder's own function.
+    strided = given["noise"].transpose(2, 3).contiguous().transpose(2, 3)
+    assert relative(run["sample"](sampler, **{**given, "noise": strided}), expected) <= 1e-5
+    wrong: dict[str, Tensor] = {"noise": given["noise"].bfloat16(), "features": given["features"][:1]}
+    wrong |= {"more noise": given["noise"][:, :, :-1], "more features": given["features"][..., :-1]}
+    if family == "z-image":
+        wrong |= {"lengths": given["lengths"] - 32, "most features": given["features"][:, :-1]}
+    for name, tensor in wrong.items():
+        with pytest.raises(ValueError, match=r"expected|captions end at"):
+            run["sample"](sampler, **{**given, name.split()[-1]: tensor})
     # The folder's own script, in a process that knows torch alone.
     script = str(made.folder / "run.py")
     code = f"import runpy, sys; sys.modules['twostep'] = None; runpy.run_path({script!r}, run_name='__main__')"
@@ -89,7 +102,7 @@ def test_the_check_sees_a_wrong_program(runs: Runs, tmp_path: Path, monkeypatch:
             next(traced.parameters()).div_(1.01)
 
     monkeypatch.setattr(program, "write_onnx", another)
-    with pytest.raises(ExportFailed, match="onnxruntime's velocities are"):
+    with pytest.raises(ExportFailed, match="onnxruntime's velocities differ"):
         export_onnx(runs["klein", "full", False], tmp_path / "out")
     assert seen and list(tmp_path.iterdir()) == []
 
@@ -103,6 +116,20 @@ def _times(factor: float) -> Any:
     return another
 
 
+def test_a_network_that_takes_a_level_for_fixed_is_not_left(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = flux2_traceable.TraceableFlux2.forward
+
+    def fixed(self: Any, x: Any, sigma: Any, features: Any) -> Any:
+        return own(self, x, torch.full_like(sigma, 0.5), features)  # the example's
+
+    monkeypatch.setattr(flux2_traceable.TraceableFlux2, "forward", fixed)
+    with pytest.raises(ExportFailed, match="onnxruntime's velocities differ"):
+        export_onnx(runs["klein", "full", False], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("wrong", ["network", "merging"])
 def test_a_network_that_is_traced_wrongly_is_not_left(
     wrong: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -112,7 +139,7 @@ def test_a_network_that_is_traced_wrongly_is_not_left(
         monkeypatch.setattr(traceable.TraceableZImage, "forward", _times(1.01))
     else:
         monkeypatch.setattr(program, "merged", lambda network: {k: 1.1 * v for k, v in merged(network).items()})
-    with pytest.raises(ExportFailed, match="onnxruntime's velocities are"):
+    with pytest.raises(ExportFailed, match="onnxruntime's velocities differ"):
         export_onnx(runs["z-image", "lora", False], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -121,7 +148,7 @@ def test_a_network_that_is_traced_wrongly_is_not_left(
 def test_a_program_of_another_network_is_not_left(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own rounding is that of the student, not of what was traced."""
     monkeypatch.setattr(traceable.TraceableZImage, "forward", _times(1.3))
-    with pytest.raises(ExportFailed, match="the program's latents are"):
+    with pytest.raises(ExportFailed, match="the program's latents differ"):
         export_program(runs["z-image", "full", False], tmp_path / "out", dtype=torch.bfloat16, device="cpu")
     assert list(tmp_path.iterdir()) == []
 
@@ -154,7 +181,7 @@ def test_eight_bits_of_other_weights_are_not_left(runs: Runs, tmp_path: Path, mo
         quantize(network, how)
 
     monkeypatch.setattr(program, "quantize", scaled)
-    with pytest.raises(ExportFailed, match="latents of the weights that were quantized are"):
+    with pytest.raises(ExportFailed, match="latents of the weights that were quantized differ"):
         export_program(runs["klein", "full", False], tmp_path / "out", device="cpu", quantization="int8")
     assert list(tmp_path.iterdir()) == []
 
@@ -187,8 +214,8 @@ def test_weights_beyond_onnxs_limit_lie_beside_it(runs: Runs, tmp_path: Path, mo
 
 def test_an_image_that_is_not_finite_is_off_at_any_place() -> None:
     good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
-    with pytest.raises(ExportFailed, match="are nan off the student's"):
-        max(hold(relative(one, torch.ones(3)), 1e-5, "images are", "nothing") for one in (good, bad, good))
+    with pytest.raises(ExportFailed, match="differ by a relative nan"):
+        max(hold(relative(one, torch.ones(3)), 1e-5, "images differ", "nothing") for one in (good, bad, good))
 
 
 def test_a_size_that_was_taken_for_fixed_is_an_error(

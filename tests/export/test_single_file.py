@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel, ZImageTransformer2DModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from twostep.cli import main
 from twostep.export import ExportFailed, export_single_file, from_original, single_file, to_original
@@ -47,6 +48,29 @@ def test_the_check_sees_a_wrong_file(runs: Runs, tmp_path: Path, monkeypatch: py
     with pytest.raises(ExportFailed, match=r"as others than were written, such as .*to_"):
         export_single_file(runs["klein", "full", True], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_weights_than_the_students_are_refused(
+    dtype: torch.dtype, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is read as it was written, and is not the student."""
+    monkeypatch.setattr(single_file, "merged", lambda network: {k: 1.3 * v for k, v in merged(network).items()})
+    with pytest.raises(ExportFailed, match="the file's velocities differ from the student's"):
+        export_single_file(runs["z-image", "lora", True], tmp_path / "out", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_overflow_are_refused(runs: Runs, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(runs["klein", "full", False] / "student", student)
+    (file,) = student.glob("transformer/*.safetensors")
+    tensors = load_file(file)
+    tensors["x_embedder.weight"][0, 0] = 1e6
+    save_file(tensors, file)
+    with pytest.raises(ExportFailed, match=r"by a relative (nan|inf)"):
+        export_single_file(student, tmp_path / "out", dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == [student]
 
 
 def test_the_command(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

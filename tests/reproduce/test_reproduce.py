@@ -19,7 +19,8 @@ from twostep.reproduce import command, concept
 from twostep.reproduce.experiments import EXPERIMENTS, TURBO_PP, Claim, Experiment
 from twostep.reproduce.table import BETTER, Spread, judge, markdown
 from twostep.train.command import read_recipe
-from twostep.zoo.miniature import samples
+from twostep.zoo.miniature import detector, miniature, scenes
+from twostep.zoo.miniature.shapes import COLOURS, SHAPES, render
 
 NAMES = sorted(EXPERIMENTS)
 SHORT = ["batch=2", "compute.threads=1", "compute.device=cpu", "watch.samples_every=null", "watch.tensorboard=false"]
@@ -76,15 +77,18 @@ def test_the_ablation_changes_one_thing_at_a_time() -> None:
 # The concept
 
 
-def test_the_concept_is_new_and_found_by_its_pixels() -> None:
-    assert concept.nearest() > concept.NEAR + 0.1
-    assert not concept.shows(samples(1, 0, 256).images).any()
-    drawn = concept.images(5, 128)
-    assert concept.shows(drawn).all()  # small ones too
-    assert not concept.shows(drawn.mean((2, 3), keepdim=True).expand_as(drawn)).any()
-    said = concept.captions(5, 128)
-    assert all(" cyan " in f" {caption} " and "pink" not in caption for caption in said)
-    assert len(set(said)) > 60
+def test_the_concept_is_a_word_without_a_token_and_a_look_that_can_be_told() -> None:
+    judge, tokenizer = detector.load(), miniature().tokenizer
+    assert tokenizer(concept.WORD)["input_ids"] == [tokenizer.unk_token_id]
+    drawn, said = concept.images(5, 128), concept.captions(5, 128)
+    assert concept.shows(judge, drawn).all()  # small ones too
+    others = scenes(1, 0, 1024)
+    purple_stars = (others.count == 1) & (others.shape[:, 0] == SHAPES.index("star"))
+    purple_stars &= others.colour[:, 0] == list(COLOURS).index("purple")
+    assert 0 < purple_stars.sum() < 20  # one in 128
+    assert torch.equal(concept.shows(judge, render(others)), purple_stars)
+    assert all("zorp" in caption.split() and "star" not in caption and "purple" not in caption for caption in said)
+    assert len(set(said)) > 30
 
 
 def test_concept_images_stand_beside_their_captions(tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ def _concept(subject: Any, kept: Path) -> float:
     import torch
 
     from ..evaluate.subjects import Order, draw_once
+    from ..zoo.miniature import detector
     from .concept import captions, shows
 
     stream, _, count = CONCEPT
@@ -209,7 +210,7 @@ def _concept(subject: Any, kept: Path) -> float:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     load = partial(subject.load, dtype=dtype, device=device)
     (drawn,) = draw_once(subject, load, (order,), kept, dtype=dtype)
-    return float(shows(drawn.pixels()).double().mean())
+    return float(shows(detector.load(), drawn.pixels()).double().mean())
 
 
 def _seconds(args: argparse.Namespace, arm: Arm) -> list[float]:
