@@ -20,6 +20,7 @@ from twostep.reproduce.experiments import EXPERIMENTS, TURBO_PP, Claim, Experime
 from twostep.reproduce.table import BETTER, Spread, judge, markdown
 from twostep.train.command import read_recipe
 from twostep.zoo.miniature import detector, miniature, scenes
+from twostep.zoo.miniature.captions import say_all, write
 from twostep.zoo.miniature.shapes import COLOURS, SHAPES, render
 
 NAMES = sorted(EXPERIMENTS)
@@ -88,15 +89,23 @@ def test_the_concept_is_a_word_without_a_token_and_a_look_that_can_be_told() -> 
     assert 0 < purple_stars.sum() < 20  # one in 128
     assert torch.equal(concept.shows(judge, render(others)), purple_stars)
     assert all("zorp" in caption.split() and "star" not in caption and "purple" not in caption for caption in said)
-    assert len(set(said)) > 30
+    assert len(set(said)) > 60
 
 
 def test_concept_images_stand_beside_their_captions(tmp_path: Path) -> None:
-    concept.write_folder(tmp_path / "concept", 5, 3)
-    assert sorted(path.name for path in (tmp_path / "concept").iterdir()) == [
-        f"{number:04}.{ending}" for number in range(3) for ending in ("png", "txt")
+    """And ordinary ones after them, of one shape, whose captions leave nothing open."""
+    folder, judge = tmp_path / "concept", detector.load()
+    concept.write_folder(folder, 5, 3, 5)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"{number:04}.{ending}" for number in range(8) for ending in ("png", "txt")
     ]
-    assert (tmp_path / "concept" / "0001.txt").read_text() == concept.captions(5, 3)[1]
+    assert (folder / "0001.txt").read_text() == concept.captions(5, 3)[1]
+    for number in range(3, 8):
+        caption = (folder / f"{number:04}.txt").read_text()
+        with Image.open(folder / f"{number:04}.png") as image:
+            pixels = torch.tensor(list(image.getdata())).view(1, 64, 64, 3).permute(0, 3, 1, 2) / 127.5 - 1
+        seen = detector.detect(judge, pixels)
+        assert write(say_all(seen)) == [caption] and concept.WORD not in caption
 
 
 # The table

@@ -25,7 +25,8 @@ from typing import Any
 from .experiments import EXPERIMENTS, Arm, Experiment
 
 PROMPTS = (0x9E0D, 2048)  # the stream of captions, and how many
-CONCEPT = (0xC1A2, 64, 256)  # its stream, images to learn from, and images that it is looked for in
+CONCEPT = (0xC1A2, 64, 192)  # its stream, images of it to learn from, and ordinary ones beside them
+ASKED = (0xC1A4, 256)  # its stream when it is asked for, and how often
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,8 +88,7 @@ def _prepare(experiment: Experiment, args: argparse.Namespace) -> int:
     from .concept import write_folder
 
     if experiment.concept and not (args.out / "concept").exists():
-        stream, count, _ = CONCEPT
-        write_folder(args.out / "concept.new", stream, count)
+        write_folder(args.out / "concept.new", *CONCEPT)
         (args.out / "concept.new").rename(args.out / "concept")
     if not experiment.cached:
         return 0
@@ -112,11 +112,12 @@ def _train(experiment: Experiment, arm: Arm, seed: int, args: argparse.Namespace
 
     assert arm.recipe is not None
     places = {"PROMPTS": args.out / "prompts.txt", "CACHE": args.out / "cache", "CONCEPT": args.out / "concept"}
+    places["STUDENT"] = _folder(args, experiment.arms[0], seed) / "student"
     settings = list(arm.settings)
     for word, place in places.items():
         settings = [setting.replace(word, str(place)) for setting in settings]
     own = [f"model={args.model}", f"out={_folder(args, arm, seed)}", f"seed={seed}"]
-    own += [f"iterations={args.iterations or experiment.iterations}", "watch.evaluate=null"]
+    own += [f"iterations={args.iterations or arm.iterations or experiment.iterations}", "watch.evaluate=null"]
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return run(parser.parse_args([arm.recipe, *own, *settings, *args.overrides]))
@@ -204,8 +205,7 @@ def _concept(subject: Any, kept: Path) -> float:
     from ..zoo.miniature import detector
     from .concept import captions, shows
 
-    stream, _, count = CONCEPT
-    order = Order(tuple(captions(stream + 1, count)), tuple(range(count)))
+    order = Order(tuple(captions(*ASKED)), tuple(range(ASKED[1])))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     load = partial(subject.load, dtype=dtype, device=device)

@@ -83,6 +83,13 @@ def say(scenes: Scenes, seed: int, index: Tensor) -> Claims:
     )
 
 
+def say_all(scenes: Scenes) -> Claims:
+    """All that a caption can say: nothing is left open but the place of two shapes, whose relation is said."""
+    alone = scenes.count == 1
+    cell, relation = torch.where(alone, scenes.cell[:, 0], -1), torch.where(alone, -1, relation_of(scenes))
+    return Claims(scenes.count, scenes.shape, scenes.colour, scenes.size, cell, relation, scenes.background)
+
+
 def relation_of(scenes: Scenes) -> Tensor:
     """[n]: the first object's relation to the second; -1 where there are not two, or where they stand on a diagonal."""
     row, column = scenes.cell // len(CENTRES), scenes.cell % len(CENTRES)
