@@ -92,37 +92,20 @@ def export_lora(
         raise ValueError(f"export: keys are {keys!r}, expected one of {', '.join(KEYS)}")
     target = target_of(out, overwrite, found(student))
     source = Source.read(student, base=base, pipeline=pipeline, extracting=rank is not None)
-    if source.adapters and rank is not None:
-        raise ValueError(f"export: --rank is {rank}, and the student's adapters have one: {source.facts['rank']}")
-    if not source.adapters and rank is None:
-        raise ValueError("export: the student has whole weights; say the rank of the product to take from them: --rank")
-    if rank is not None and rank < 1:
-        raise ValueError(f"export: --rank is {rank}, expected at least 1")
+    _check_rank(source, rank)
+    source.guard(target)
     where, subfolder = source.base_transformer()
     state = plain(source.networks[0] if source.adapters else _began_as(where, subfolder))
-    factors, left = [], []
-    for network in source.networks:
-        if rank is None:
-            factors.append(products(network))
-        else:
-            _check_rank(rank, network)
-            step, behind = taken_apart(plain(network), state, source.family, rank)
-            factors.append(step)
-            left.append(behind)
+    factors, left = _factors(source, state, rank)
     written = [{name: Product(*(part.to(dtype) for part in one)) for name, one in step.items()} for step in factors]
-    source.guard(target)
     check_space(target.parent, sum(p.nbytes for step in written for one in step.values() for p in one))
     with new_folder(target) as new:
         files = [f"step_{number}.safetensors" for number in range(1, len(written) + 1)]
         files = files if source.per_step else ["pytorch_lora_weights.safetensors"]
         with source.phase("writing"):
+            metadata = {"format": "pt", "base": where, "subfolder": subfolder}
+            metadata["sigmas"] = json.dumps(source.model.sigmas)
             for file, step in zip(files, written, strict=True):
-                metadata = {
-                    "format": "pt",
-                    "base": where,
-                    "subfolder": subfolder,
-                    "sigmas": json.dumps(source.model.sigmas),
-                }
                 save_file(named(step, source.family, keys), new / file, metadata=metadata)
         with source.phase("checking"):
             error, lost = _verify(source, [new / file for file in files], (where, subfolder), state, written)
@@ -145,12 +128,30 @@ def export_lora(
         )
 
 
-def _check_rank(rank: int, network: Backbone) -> None:
+def _check_rank(source: Source, rank: int | None) -> None:
     """Layers of fewer dimensions than the rank take all of theirs."""
-    layers = [tensor for name, tensor in plain(network).items() if _is_target(name, tensor, network.family)]
-    most = max(min(tensor.shape) for tensor in layers)
+    if source.adapters and rank is not None:
+        raise ValueError(f"export: --rank is {rank}, and the student's adapters have one: {source.facts['rank']}")
+    if source.adapters:
+        return
+    if rank is None:
+        raise ValueError("export: the student has whole weights; say the rank of the product to take from them: --rank")
+    if rank < 1:
+        raise ValueError(f"export: --rank is {rank}, expected at least 1")
+    weights = plain(source.networks[0]).items()
+    most = max(min(tensor.shape) for name, tensor in weights if _is_target(name, tensor, source.family))
     if rank > most:
         raise ValueError(f"export: --rank is {rank}, and no layer has more than {most} dimensions to take apart")
+
+
+def _factors(
+    source: Source, base: Mapping[str, Tensor], rank: int | None
+) -> tuple[list[dict[str, Product]], list[float]]:
+    """Of each network; and what whole weights have besides, as a share of their change."""
+    if rank is None:
+        return [products(network) for network in source.networks], []
+    pairs = [taken_apart(plain(network), base, source.family, rank) for network in source.networks]
+    return [step for step, _ in pairs], [behind for _, behind in pairs]
 
 
 def _is_target(name: str, tensor: Tensor, family: str) -> bool:

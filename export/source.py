@@ -171,7 +171,7 @@ def _check_precision(folder: Path, steps: list[str]) -> None:
     for step in dict.fromkeys(steps):
         for file in sorted([*folder.glob(f"{step}.safetensors"), *folder.glob(f"{step}/*.safetensors")]):
             try:
-                opened = safe_open(file, "pt")
+                opened: Any = safe_open(file, "pt")
             except SafetensorError as error:
                 raise ValueError(f"export: {file} is not a whole safetensors file: {error}") from None
             names = opened.keys()

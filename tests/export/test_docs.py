@@ -88,7 +88,8 @@ def test_single_files(family: str, here: Path) -> None:
 def test_lora_files(family: str, here: Path) -> None:
     """The block with its folder, and with the one by the other names."""
     for words in exporting(LORA):
-        assert main([*words, "--dtype", "float32"]) == 0
+        # No layer of these has 64 dimensions.
+        assert main([*(word.replace("64", "16") for word in words), "--dtype", "float32"]) == 0
     (block,) = code(LORA)
     student = load_text_to_image(here / "runs" / "adapters", dtype=torch.float32)
     for folder in ("lora", "comfyui"):

@@ -121,7 +121,7 @@ def test_whole_weights_are_taken_apart_as_well_as_can_be() -> None:
 def test_whole_weights_become_files(family: str, runs: Runs, tmp_path: Path) -> None:
     """A higher rank leaves less behind, and the file's images differ as much as is said."""
     few = export_lora(runs[family, "full", True], tmp_path / "few", rank=2, dtype=torch.float32)
-    many = export_lora(runs[family, "full", True], tmp_path / "many", rank=64, dtype=torch.float32)
+    many = export_lora(runs[family, "full", True], tmp_path / "many", rank=48, dtype=torch.float32)
     assert few.error <= 1e-5 and many.error <= 1e-5
     behind = [
         json.loads((made.folder / "export.json").read_text())["error"][
