@@ -114,6 +114,11 @@ def load_text_to_image(
         folder = Path(pipeline)
         if not folder.is_dir() and (str(path).count("/") != 1 or str(path).startswith((".", "/", "~"))):
             raise ValueError(f"load_text_to_image: there is no folder {path}; give one, or owner/name on the hub")
+        if (folder / "export.json").is_file() and not (folder / "model_index.json").is_file():
+            raise ValueError(
+                f"load_text_to_image: {path} is an export in a form of its own (docs/export.md says what loads it); "
+                f"give the run, or export it as a pipeline's folder"
+            )
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             raise ValueError(
                 f"load_text_to_image: {path} has neither model_index.json (a pipeline) nor student.json (what a run "

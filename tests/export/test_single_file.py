@@ -77,3 +77,6 @@ def test_the_command(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[s
     words = ["export", str(runs["z-image", "full", True]), "--out", str(tmp_path / "out"), "--as", "single-file"]
     assert main(words) == 0
     assert "diffusers reads the same bits; writing bfloat16 has changed weights by" in capsys.readouterr().out
+    words = ["sample", "--model", str(tmp_path / "out"), "--prompt", "a ring", "--out", str(tmp_path / "images")]
+    assert main(words) == 2  # what is no pipeline's folder is told apart from nothing
+    assert "is an export in a form of its own" in capsys.readouterr().err and not (tmp_path / "images").exists()
