@@ -150,7 +150,7 @@ def test_a_folder_that_computes_badly_in_its_own_dtype_is_not_left(
     """Right weights, that its pipeline in bfloat16 draws other images with."""
     spoiled = 'made["as it is used"] = draw(pipeline)'
     monkeypatch.setattr(folder, "_PROBE", folder._PROBE.replace(spoiled, spoiled + " * 1.2"))
-    with pytest.raises(ExportFailed, match="the folder's images in bfloat16 differ"):
+    with pytest.raises(ExportFailed, match="the folder's images, drawn in bfloat16, differ"):
         export_folder(runs["z-image", "full", True], tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -270,7 +270,7 @@ def test_eight_bits_that_do_not_compute_are_refused(
     spoiled = 'made["as it is used"] = draw(pipeline)'
     assert spoiled in folder._PROBE
     monkeypatch.setattr(folder, "_PROBE", folder._PROBE.replace(spoiled, spoiled + " * 1.2"))
-    with pytest.raises(ExportFailed, match="the quantized folder's images differ"):
+    with pytest.raises(ExportFailed, match="the folder's images, drawn in bfloat16, differ"):
         export_folder(run, tmp_path / "out", quantization="int8")
     assert not list(tmp_path.iterdir())
 
