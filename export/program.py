@@ -251,10 +251,12 @@ def _cases(example: Callable[..., Case], source: Source, dtype: torch.dtype, dev
 
 
 def _of_network(case: Case, sigma: float | None) -> Case:
-    """A sampler's inputs as those of a network by itself: at a level of the student's, or each sample at its own."""
+    """A sampler's inputs as those of a network by itself: at a level of the student's, or each sample at its own. These
+    are levels that float32 holds: of others a thousandfold is rounded before its sine is taken, and that alone is 1e-5.
+    """
     context = {name: tensor for name, tensor in case.items() if name != "noise"}
     count = len(case["noise"])
-    levels = torch.linspace(0.9, 0.1, count) if sigma is None else torch.full((count,), sigma)
+    levels = torch.linspace(0.875, 0.125, count) if sigma is None else torch.full((count,), sigma)
     return {"x": case["noise"], "sigma": levels, **context}
 
 

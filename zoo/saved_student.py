@@ -39,9 +39,8 @@ def student_facts(folder: Path) -> dict[str, Any]:
     kinds: dict[str, type] = {"sigmas": list, "steps": list, "pipeline": str}
     if isinstance(facts, dict) and "base" in facts:
         kinds |= {"base": list, "rank": int, "alpha": (int, float)}  # type: ignore[dict-item]
-    wrong = (
-        sorted(kinds) if not isinstance(facts, dict) else [n for n in kinds if not isinstance(facts.get(n), kinds[n])]
-    )
+    said = facts if isinstance(facts, dict) else {}
+    wrong = sorted(name for name, kind in kinds.items() if not isinstance(said.get(name), kind))
     if wrong:
         raise ValueError(f"load_student: {folder / FACTS} does not say {', '.join(wrong)}; was it written by a run?")
     if facts["pipeline"] == HERE:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.train import tiny_runs
 from tests.zoo.models import CASES, stock_model
 from twostep.cli import main
-from twostep.export import ExportFailed, export_lora, lora
+from twostep.export import ExportFailed, export_lora, export_single_file, lora
 from twostep.export.lora import named, taken_apart
 from twostep.export.merging import Product, plain, products
 from twostep.export.original import place, to_original
@@ -170,7 +170,7 @@ def test_the_base_may_have_moved(runs: Runs, places: dict[str, tiny_runs.Place],
     with pytest.raises(ValueError, match="and no pipeline is there; say where it is: --pipeline"):
         export_lora(run, tmp_path / "other", base=place)
     with pytest.raises(ValueError, match="the student has whole weights, which stand on none"):
-        export_lora(runs["klein", "full", True], tmp_path / "other", base=place, rank=2)
+        export_single_file(runs["klein", "full", True], tmp_path / "other", base=place)
 
 
 def test_the_command(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
