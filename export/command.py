@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 FAULT, FAILED, INTERRUPTED = 2, 1, 130
 FORMS = ("diffusers", "lora", "single-file", "program", "onnx")
-# Options of some forms alone.
-SOME = {"parts": ("diffusers",), "max_shard_size": ("diffusers",), "quantize": ("diffusers", "program")}
-SOME |= {"keys": ("lora",), "rank": ("lora",), "device": ("program",)}
-SOME |= {"pipeline": ("diffusers", "lora", "program", "onnx")}
+# Options that some forms take.
+TAKEN_BY = {"parts": ("diffusers",), "max_shard_size": ("diffusers",), "quantize": ("diffusers", "program")}
+TAKEN_BY |= {"keys": ("lora",), "rank": ("lora",), "device": ("program",)}
+TAKEN_BY |= {"pipeline": ("diffusers", "lora", "program", "onnx")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +87,7 @@ def _export(args: argparse.Namespace) -> Exported:
 
     from . import export_folder, export_lora, export_onnx, export_program, export_single_file
 
-    for name, forms in SOME.items():
+    for name, forms in TAKEN_BY.items():
         if getattr(args, name) is not None and args.form not in forms:
             raise ValueError(
                 f"--{name.replace('_', '-')} is for --as {' and '.join(forms)}, and this is --as {args.form}"

@@ -238,12 +238,8 @@ def _verify(
         if dtype != torch.float32:
             own = rounded(source.model, dtype, among=lambda name: ".lora_" in name)
             allowed += 3 * relative(probes.images(own), exact)
-        hold(
-            lost,
-            allowed,
-            "images of the factors that were written differ from the student's",
-            "the scaling of the factors",
-        )
+        what = "images of the factors that were written differ from the student's"
+        hold(lost, allowed, what, "the scaling of the factors")
     facts = {
         "pipeline": str(source.pipeline),
         "base": base[0],
@@ -260,6 +256,5 @@ def _verify(
     del made, again, probes  # the other process loads all of it
     drawn = fresh_process.run(_PROBE, facts, {"noise": noise}, what=what)["images"]
     likeliest = "a diffusers that reads LoRA files in another way than the tested one"
-    return hold(
-        relative(drawn, true), FLOAT32, "stock diffusers' images differ from the written factors'", likeliest
-    ), lost
+    what = "stock diffusers' images differ from the written factors'"
+    return hold(relative(drawn, true), FLOAT32, what, likeliest), lost

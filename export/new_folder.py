@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     old = new.with_name(f"{new.name}.old")
     try:
         yield new
-        new.chmod(target.parent.stat().st_mode & 0o777)  # a temporary folder is its owner's alone
+        new.chmod(0o777 & ~_umask())  # a temporary folder is its owner's alone
         if target.exists():
             target.rename(old)
         try:
@@ -58,6 +59,13 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise
     if old.exists():
         shutil.rmtree(old)
+
+
+def _umask() -> int:
+    """Which can only be read by setting it."""
+    found = os.umask(0o077)
+    os.umask(found)
+    return found
 
 
 def check_space(where: Path, needed: int) -> None:

@@ -11,15 +11,16 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
 from torch import Tensor, nn
 
-from ..zoo import Backbone, Student
+from ..zoo import Backbone
 from .merging import with_weights
 
+Model = TypeVar("Model", bound=nn.Module)
 KINDS = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
 
 
@@ -50,14 +51,14 @@ def quantize_folder(folder: Path, kind: str, dtype: torch.dtype, max_shard_size:
 
 
 def rounded(
-    student: Student, dtype: torch.dtype, kind: str | None = None, *, among: Callable[[str], bool] = lambda name: True
-) -> Student:
+    model: Model, dtype: torch.dtype, kind: str | None = None, *, among: Callable[[str], bool] = lambda name: True
+) -> Model:
     """A copy whose own tensors, adapters' among them, have lost what writing loses; without torchao.
 
     Args:
         among: whether a tensor of this name is written.
     """
-    made = copy.deepcopy(student)
+    made = copy.deepcopy(model)
     for place, module in made.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not among(f"{place}.{name}"):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..zoo import Backbone, Context, Student, fuse
+from ..zoo import Backbone, Context, fuse
 from ..zoo.program import network as traceable
 from . import fresh_process
 from .fresh_process import ExportFailed, hold, relative
@@ -61,8 +61,7 @@ def export_single_file(
                 save_file(written, new / f"{name}.safetensors", metadata=metadata)
             with source.phase("checking"):
                 _verify(new / f"{name}.safetensors", state, type(network.model).__name__, dict(network.model.config))
-                own = None if dtype == torch.float32 else rounded(Student([network], (1.0, 0.0)), dtype)
-                error = max(error, _hold(new / f"{name}.safetensors", network, own))
+                error = max(error, _hold(new / f"{name}.safetensors", network, dtype))
             changed += sum(float((state[key].float() - tensor).square().sum()) for key, tensor in exact.items())
             whole += sum(float(tensor.square().sum()) for tensor in exact.values())
         rounding, named = (changed / whole) ** 0.5, str(dtype).removeprefix("torch.")
@@ -70,9 +69,9 @@ def export_single_file(
         return source.leave(new, target, error=0.0, rounding=rounding, dtype=named, errors=errors)
 
 
-def _hold(file: Path, network: Backbone, own: Student | None) -> float:
-    """Velocities of the file's weights against those of the student's own network, adapter and all: float32's distance,
-    and in another dtype at most thrice what rounding the student's own tensors (`own`) does more."""
+def _hold(file: Path, network: Backbone, dtype: torch.dtype) -> float:
+    """Velocities of the file's weights, in float32, against those of the student's own network, adapter and all; in
+    another dtype they may be off by thrice what rounding the network's own tensors does."""
     again = with_weights(network, {n: t.float() for n, t in from_original(load_file(file), network.family).items()})
     fuse(again.model)
     factor = network.latent_factor
@@ -82,8 +81,9 @@ def _hold(file: Path, network: Backbone, own: Student | None) -> float:
         context = Context(given["features"], lengths=given.get("lengths"))
         true = network.velocity(given["x"], given["sigma"], context)
         allowed = FLOAT32
-        if own is not None:
-            allowed += 3 * relative(own.distinct_networks()[0].velocity(given["x"], given["sigma"], context), true)
+        if dtype != torch.float32:
+            own = rounded(network, dtype)
+            allowed += 3 * relative(own.velocity(given["x"], given["sigma"], context), true)
         found = again.velocity(given["x"], given["sigma"], context)
     return hold(relative(found, true), allowed, "the file's velocities differ from the student's", "the merging")
 

@@ -19,7 +19,7 @@ from typing import Any
 
 FAULT, INTERRUPTED = 2, 130
 MOST_ON_SHEET = 256
-LARGEST_SEED = 2**63 - 1  # that a generator of torch takes
+LARGEST_SEED = 2**63 - 1  # in 64 bits with a sign
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

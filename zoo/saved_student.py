@@ -36,9 +36,9 @@ def student_facts(folder: Path) -> dict[str, Any]:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"load_student: {folder / FACTS} is not JSON: {error}") from None
-    kinds: dict[str, type] = {"sigmas": list, "steps": list, "pipeline": str}
+    kinds: dict[str, type | tuple[type, ...]] = {"sigmas": list, "steps": list, "pipeline": str}
     if isinstance(facts, dict) and "base" in facts:
-        kinds |= {"base": list, "rank": int, "alpha": (int, float)}  # type: ignore[dict-item]
+        kinds |= {"base": list, "rank": int, "alpha": (int, float)}
     said = facts if isinstance(facts, dict) else {}
     wrong = sorted(name for name, kind in kinds.items() if not isinstance(said.get(name), kind))
     if wrong:

@@ -92,6 +92,21 @@ def test_the_concept_is_a_word_without_a_token_and_a_look_that_can_be_told() -> 
     assert len(set(said)) > 60
 
 
+def test_an_unseen_colour_has_no_place_in_the_latents() -> None:
+    """Which is why the concept is none: what the autoencoder makes of cyan is never near it."""
+    cyan = torch.tensor([0.05, 0.85, 0.85]).view(1, 3, 1, 1)
+    palette = {name: (0.05, 0.85, 0.85) if name == concept.COLOUR else tone for name, tone in COLOURS.items()}
+    drawn, mini = render(concept.concept_scenes(5, 64)[0], palette=palette), miniature()
+    with torch.no_grad():
+        again = mini.decode_latents(mini.encode_images(drawn))
+
+    def near(pictures: torch.Tensor) -> torch.Tensor:
+        """[n]: pixels within a quarter of it."""
+        return (((pictures.float() + 1) / 2 - cyan).norm(dim=1) < 0.25).flatten(1).sum(1)
+
+    assert near(drawn).min() >= 48 and (near(again) < 48).all()
+
+
 def test_concept_images_stand_beside_their_captions(tmp_path: Path) -> None:
     """And ordinary ones after them, of one shape, whose captions leave nothing open."""
     folder, judge = tmp_path / "concept", detector.load()

@@ -117,7 +117,7 @@ def _train(experiment: Experiment, arm: Arm, seed: int, args: argparse.Namespace
     for word, place in places.items():
         settings = [setting.replace(word, str(place)) for setting in settings]
     own = [f"model={args.model}", f"out={_folder(args, arm, seed)}", f"seed={seed}"]
-    own += [f"iterations={args.iterations or arm.iterations or experiment.iterations}", "watch.evaluate=null"]
+    own += [f"iterations={args.iterations or experiment.iterations}", "watch.evaluate=null"]
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return run(parser.parse_args([arm.recipe, *own, *settings, *args.overrides]))

@@ -22,7 +22,6 @@ class Arm:
     settings: tuple[str, ...] = ()
     sampled: Mapping[str, Any] = field(default_factory=dict)  # steps, guidance, subfolder
     paper: tuple[float | str, ...] = ()
-    iterations: int | None = None  # None: the experiment's
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,6 @@ D_OPSD = Experiment(
             "miniature-turbo-pp",
             (DATA, *SHORT, *_WEIGHTS, _SHARED),
             paper=(48.69, 0.754),
-            iterations=TURBO_PP.iterations,
         ),
         Arm("plain fine-tuning", "miniature-flow-matching", (*_TUNED, *_PLAIN), paper=(82.20, "about .16")),
         Arm("off-policy distillation", "miniature-d-opsd", (*_TUNED, *_DISTILLED, "method.on_policy=false")),
