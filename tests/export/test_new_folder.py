@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,18 @@ def test_it_takes_the_old_ones_place_or_leaves_it(tmp_path: Path, monkeypatch: p
     with new_folder(target) as new:
         (new / "second").touch()
     assert [path.name for path in target.iterdir()] == ["second"] and list(tmp_path.iterdir()) == [target]
+
+
+def test_others_may_read_it_as_the_umask_has_it(tmp_path: Path) -> None:
+    """Whatever the folder that it is in allows."""
+    tmp_path.chmod(0o777)
+    before = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "out"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
 def test_what_is_exported_is_not_overwritten(tmp_path: Path) -> None:
