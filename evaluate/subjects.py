@@ -2,8 +2,9 @@
 
     NAME=WHERE@key=value,...     base=miniature@steps=28,guidance=4,subfolder=base     student=runs/first
 
-WHERE is the folder of a run (its student), a diffusers pipeline (with steps, and guidance, shift or subfolder where
-they are wanted), a hub id, "miniature", or a folder of images, each with its caption in a .txt of its name.
+WHERE is the folder of a run (its student), a diffusers pipeline (with steps, and guidance, guidance_interval, shift or
+subfolder where they are wanted), a hub id, "miniature", or a folder of images, each with its caption in a .txt of its
+name.
 """
 
 from __future__ import annotations
@@ -24,8 +25,20 @@ from ..zoo import TextToImage, load_text_to_image
 from ..zoo.saved_student import pipeline_path, student_facts, student_folder
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-_NUMBERS = {"steps": int, "guidance": float, "shift": float}
-SETTINGS = (*_NUMBERS, "subfolder")
+
+
+def _interval(text: str) -> tuple[float, float]:
+    least, greatest = text.split("-")
+    return float(least), float(greatest)
+
+
+_READ: dict[str, Callable[[str], Any]] = {
+    "steps": int,
+    "guidance": float,
+    "guidance_interval": _interval,  # 0.5-0.95
+    "shift": float,
+    "subfolder": str,
+}
 
 
 @dataclass(frozen=True)
@@ -43,12 +56,13 @@ class Subject:
         settings: dict[str, Any] = {}
         for item in filter(None, given.split(",")):
             key, equals, value = item.partition("=")
-            if key not in SETTINGS or not equals:
-                raise ValueError(f"{text!r}: {item!r} is not one of {', '.join(f'{key}=...' for key in SETTINGS)}")
+            if key not in _READ or not equals:
+                raise ValueError(f"{text!r}: {item!r} is not one of {', '.join(f'{key}=...' for key in _READ)}")
             try:
-                settings[key] = _NUMBERS.get(key, str)(value)
+                settings[key] = _READ[key](value)
             except ValueError:
-                raise ValueError(f"{text!r}: {key} is {value!r}, expected a number") from None
+                expected = "two numbers, such as 0.5-0.95" if key == "guidance_interval" else "a number"
+                raise ValueError(f"{text!r}: {key} is {value!r}, expected {expected}") from None
         if not where:
             raise ValueError(f"{text!r}: expected [NAME=]WHERE[@key=value,...], such as student=runs/first")
         return cls(

@@ -34,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder of the images")
     add("--steps", type=int, help="of a pipeline; a student has its own (default for a pipeline: 8)")
     add("--guidance", type=float, default=1.0, metavar="W", help="of a pipeline; 1 is none (default: 1)")
+    add(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LEAST", "GREATEST"),
+        help="of a pipeline: levels sigma that are guided (default: 0 1, all; cfg_truncation T of diffusers is 1-T 1)",
+    )
     add("--subfolder", help="where in a pipeline the transformer lies (default: transformer)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="in pixels (default: what the model was made for)")
     add("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
@@ -91,13 +99,23 @@ def _run(args: argparse.Namespace) -> int:
     if student and args.subfolder is not None:
         raise ValueError(f"--subfolder is {args.subfolder}, and {args.model} is a student, whose networks are its own")
     facts = {"model": str(args.model), "steps": args.steps, "guidance": args.guidance, "subfolder": args.subfolder}
-    facts |= {"size": args.size, "dtype": str(dtype).removeprefix("torch."), "files": state_of(args.model)}
+    facts |= {
+        "guidance_interval": list(args.guidance_interval),
+        "size": args.size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "files": state_of(args.model),
+    }
     missing = [one for one in wanted if args.overwrite or not _is_there(args.out / one.name, one, facts)]
     if missing:
         logging.disable_progress_bar()
-        steps, subfolder = 8 if args.steps is None and not student else args.steps, args.subfolder or "transformer"
         model = load_text_to_image(
-            args.model, steps=steps, guidance=args.guidance, subfolder=subfolder, dtype=dtype, device=device
+            args.model,
+            steps=8 if args.steps is None and not student else args.steps,
+            guidance=args.guidance,
+            guidance_interval=tuple(args.guidance_interval),
+            subfolder=args.subfolder or "transformer",
+            dtype=dtype,
+            device=device,
         )
         args.out.mkdir(parents=True, exist_ok=True)
         _draw(model, missing, args, facts)

@@ -2,7 +2,8 @@
 
     guided velocity = v(negative) + w (v(prompt) - v(negative))        w = 1 is no guidance
 
-Z-Image's pipelines count w - 1 and call that the scale; here it is always w.
+Z-Image's pipelines count w - 1 and call that the scale; here it is always w. Guidance can be limited to an interval of
+sigma (arXiv 2404.07724): at the noisiest levels it drives samples together, and at the cleanest it decides nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from .backbone import Backbone
 from .context import Context
 from .sampling import check_grid, euler, sigma_grid
 
+EVERYWHERE = (0.0, 1.0)
+
 
 class Teacher:
     """A backbone as a multi-step sampler; also the real score of distribution matching, by `clean`.
@@ -27,6 +30,8 @@ class Teacher:
         steps, shift: of the default grid. shift=None takes what the family's public pipeline uses.
         guidance: the scale w. Other than 1 it needs a negative context, here or in each call.
         negative: context of the empty (or a negative) prompt, of batch 1.
+        guidance_interval: the levels sigma, least and greatest, that are guided; elsewhere the prompt's velocity alone
+            is asked for. A pipeline's cfg_truncation T is (1 - T, 1).
     """
 
     def __init__(
@@ -37,16 +42,26 @@ class Teacher:
         shift: float | None = None,
         guidance: float = 1.0,
         negative: Context | None = None,
+        guidance_interval: tuple[float, float] = EVERYWHERE,
     ) -> None:
         sigma_grid(steps, 1.0 if shift is None else shift)
+        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            raise ValueError(
+                f"Teacher: guidance_interval is {guidance_interval}, expected two levels, 0 <= least <= greatest <= 1"
+            )
         self.backbone, self.steps, self.shift = backbone, steps, shift
-        self.guidance, self.negative = guidance, negative
+        self.guidance, self.negative, self.guidance_interval = guidance, negative, tuple(guidance_interval)
 
     def sigmas(self, height: int, width: int, steps: int | None = None) -> tuple[float, ...]:
         """The grid for latents of this size."""
         steps = self.steps if steps is None else steps
         shift = self.backbone.default_shift(height, width, steps) if self.shift is None else self.shift
         return sigma_grid(steps, shift)
+
+    def evaluations(self, height: int, width: int) -> int:
+        """Of the network for an image with latents of this size (NFE); guidance takes two a step."""
+        weights = [self._weight(self.guidance, sigma) for sigma in self.sigmas(height, width)[:-1]]
+        return sum(1 if weight == 1 else 2 for weight in weights)
 
     def velocity(
         self,
@@ -58,9 +73,9 @@ class Teacher:
         negative: Context | None = None,
     ) -> Tensor:
         """The guided velocity, in float32 or better."""
-        w = self.guidance if guidance is None else guidance
+        w = self._weight(self.guidance if guidance is None else guidance, sigma)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if w == 1:
+        if not isinstance(w, Tensor) and w == 1:
             return self.backbone.velocity(x, sigma, context).to(wide)
         level = torch.as_tensor(sigma)
         both = torch.cat([level, level]) if level.dim() else level
@@ -108,6 +123,15 @@ class Teacher:
             return self.velocity(x, sigma, context, guidance=guidance, negative=negative)
 
         return euler(velocity, noise, grid, on_step=on_step)
+
+    def _weight(self, guidance: float, sigma: Tensor | float) -> float | Tensor:
+        """The scale at this level; a tensor where samples have levels of their own, some of them outside."""
+        least, greatest = self.guidance_interval
+        if guidance == 1 or (least, greatest) == EVERYWHERE:
+            return guidance
+        if isinstance(sigma, Tensor) and sigma.dim():
+            return torch.where((least <= sigma) & (sigma <= greatest), guidance, 1.0).view(-1, 1, 1, 1)
+        return guidance if least <= float(sigma) <= greatest else 1.0
 
     def _negative(self, context: Context, negative: Context | None) -> Context:
         negative = self.negative if negative is None else negative

@@ -23,7 +23,7 @@ from .encoders import TextEncoder, load_text_encoder
 from .loading import load_backbone
 from .saved_student import load_student, pipeline_path, student_facts, student_folder
 from .student import Student
-from .teacher import Teacher
+from .teacher import EVERYWHERE, Teacher
 
 
 @dataclass
@@ -38,8 +38,11 @@ class TextToImage:
 
     @property
     def evaluations(self) -> int:
-        """Of the network for an image (NFE); guidance takes two a step."""
-        return self.steps * (2 if isinstance(self.model, Teacher) and self.model.guidance != 1 else 1)
+        """Of the network for an image of the default size (NFE); guidance takes two a step."""
+        if isinstance(self.model, Student):
+            return self.steps
+        height, width = self.size()
+        return self.model.evaluations(height // self.autoencoder.factor, width // self.autoencoder.factor)
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +88,7 @@ def load_text_to_image(
     *,
     steps: int | None = None,
     guidance: float = 1.0,
+    guidance_interval: tuple[float, float] = EVERYWHERE,
     shift: float | None = None,
     subfolder: str = "transformer",
     dtype: torch.dtype = torch.bfloat16,
@@ -94,16 +98,17 @@ def load_text_to_image(
     """From a pipeline's folder or hub id, "miniature", or the folder of a run or its student.
 
     Args:
-        steps, guidance, shift: of a pipeline's transformer; a student has its own and takes none.
+        steps, guidance, guidance_interval, shift: of a pipeline's transformer, as of Teacher; a student has its own and
+            takes none.
         subfolder: where in a pipeline the transformer lies.
     """
     _check_device(device)
     student = student_folder(path)
     if student is not None:
-        if steps is not None or guidance != 1 or shift is not None:
+        if steps is not None or guidance != 1 or guidance_interval != EVERYWHERE or shift is not None:
             raise ValueError(
-                f"load_text_to_image: {path} is a student, which has steps of its own; leave out steps, guidance and "
-                f"shift"
+                f"load_text_to_image: {path} is a student, which has steps of its own; leave out steps, "
+                f"guidance, guidance_interval and shift"
             )
         pipeline = pipeline_path(student_facts(student)["pipeline"])
         model: Teacher | Student = load_student(student, dtype=dtype, device=device, fused=fused)
@@ -125,7 +130,8 @@ def load_text_to_image(
                 f"left)"
             )
         network = load_backbone(pipeline, dtype=dtype, device=device, fused=fused, subfolder=subfolder)
-        model = Teacher(network.requires_grad_(False), steps=steps, shift=shift, guidance=guidance)
+        network.requires_grad_(False)
+        model = Teacher(network, steps=steps, shift=shift, guidance=guidance, guidance_interval=guidance_interval)
     text_encoder = load_text_encoder(pipeline, dtype=dtype, device=device)
     autoencoder = load_autoencoder(pipeline, dtype=dtype, device=device)
     if isinstance(model, Teacher) and guidance != 1:

@@ -56,11 +56,13 @@ def judge() -> Judge:
 def test_subjects_are_read() -> None:
     subject = Subject.parse("base=some/where@steps=28,guidance=4,subfolder=base")
     assert subject == Subject("base", "some/where", {"steps": 28, "guidance": 4.0, "subfolder": "base"})
+    assert Subject.parse("x=y@guidance_interval=.5-.95").settings == {"guidance_interval": (0.5, 0.95)}
     assert Subject.parse("runs/first").name == "first" and Subject.parse("runs/a@steps=2").name == "a steps=2"
     assert Subject.parse("a/b=c@steps=2").where == "a/b=c"
     for text, message in (
-        ("x=y@step=2", "'step=2' is not one of steps=..., guidance=..., shift=..., subfolder=..."),
+        ("x=y@step=2", "'step=2' is not one of steps=..., guidance=..., guidance_interval=..., shift=..., subf"),
         ("x=y@steps=two", "steps is 'two', expected a number"),
+        ("x=y@guidance_interval=.5", "guidance_interval is '.5', expected two numbers, such as 0.5-0.95"),
         ("x=", "expected .NAME=.WHERE"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -44,14 +44,20 @@ def arguments(model: Path, prompts: Path, out: Path, *more: str) -> list[str]:
     return ["cache", *(str(part) for pair in given.items() for part in pair), *more]
 
 
-def check(out: Path, model: Path, guidance: float = 1.0) -> None:
+def check(out: Path, model: Path, guidance: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)) -> None:
     """The folder holds what the library makes of the same model."""
     encoder = load_text_encoder(model, dtype=torch.float32)
     contexts = ContextCache(out / "contexts", encoder)
     assert len(contexts) == 6 and contexts[PROMPTS].features.dtype == torch.float32
     assert torch.allclose(contexts[[*PROMPTS, ""]].features, encoder.encode([*PROMPTS, ""]).features, atol=1e-5)
     negative = contexts[[""]] if guidance != 1 else None
-    teacher = Teacher(load_backbone(model, dtype=torch.float32), steps=2, guidance=guidance, negative=negative)
+    teacher = Teacher(
+        load_backbone(model, dtype=torch.float32),
+        steps=2,
+        guidance=guidance,
+        negative=negative,
+        guidance_interval=interval,
+    )
     cache = TeacherCache(out / "teacher")
     cache.check(teacher, PROMPTS)
     found = cache[range(5)]["latents"]
@@ -92,6 +98,11 @@ def test_writes_contexts_and_samples_and_goes_on(
     )
     assert "5 samples of 4 x 8 x 12, 2 steps each" in said.out and "6 contexts of z-image:" in said.out
     check(out, model, guidance=3.0)
+    limited = ("--guidance", "3", "--guidance-interval", ".8", ".9")
+    assert cli.main(arguments(model, prompts, out, *limited)) == 2
+    assert "guidance" in capsys.readouterr().err
+    assert cli.main(arguments(model, prompts, out, *limited, "--overwrite")) == 0
+    check(out, model, guidance=3.0, interval=(0.8, 0.9))
 
 
 def test_several_ranks_write_one_cache(model: Path, prompts: Path, tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def last_latents(seen: list[Tensor]) -> Any:
 
 
 @pytest.mark.parametrize("steps", [2, 4, 8])
-@pytest.mark.parametrize("guidance", [1.0, 3.5])
-def test_z_image_pipeline(pipelines: dict[str, Path], steps: int, guidance: float) -> None:
+@pytest.mark.parametrize(("guidance", "truncation"), [(1.0, 1.0), (3.5, 1.0), (3.5, 0.2), (3.5, 0.6)])
+def test_z_image_pipeline(pipelines: dict[str, Path], steps: int, guidance: float, truncation: float) -> None:
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 4, *SIZE, generator=g)
     captions = [torch.randn(n, 20, generator=g) for n in (5, 40)]
@@ -80,12 +80,16 @@ def test_z_image_pipeline(pipelines: dict[str, Path], steps: int, guidance: floa
         width=SIZE[1] * 2,
         num_inference_steps=steps,
         guidance_scale=guidance - 1,  # the pipeline's scale is ours less one
+        cfg_truncation=truncation,
         latents=noise,
         output_type="latent",
         callback_on_step_end=last_latents(seen),
     )
     teacher = Teacher(
-        load_backbone(pipelines["z-image"], dtype=torch.float32), guidance=guidance, negative=Context(empty[None])
+        load_backbone(pipelines["z-image"], dtype=torch.float32),
+        guidance=guidance,
+        negative=Context(empty[None]),
+        guidance_interval=(1 - truncation, 1.0),
     )
     context = Context(torch.nn.utils.rnn.pad_sequence(captions, batch_first=True), torch.tensor([5, 40]))
     states: list[Tensor] = []
@@ -157,6 +161,29 @@ def test_guidance_is_the_usual_scale() -> None:
         assert relative_error(clean[0], (x - 0.6 * v[3.0])[0]) <= 1e-5
 
 
+def test_an_interval_of_guidance_is_each_samples_own() -> None:
+    """Levels inside and outside in one batch; and what it saves is counted."""
+    backbone = fused_backbone(Z_IMAGE)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, *SIZE, generator=g)
+    context = Context(torch.randn(3, 40, 20, generator=g))
+    negative = Context(torch.randn(1, 3, 20, generator=g))
+    whole = Teacher(backbone, guidance=3.0, negative=negative)
+    parted = Teacher(backbone, guidance=3.0, negative=negative, guidance_interval=(0.6, 0.95))
+    sigma = torch.tensor([0.94, 0.61, 0.59])
+    with torch.no_grad():
+        guided, found = whole.velocity(x, sigma, context), parted.velocity(x, sigma, context)
+        alone = backbone.velocity(x, sigma, context)
+        assert torch.equal(found[:2], guided[:2]) and relative_error(found[2:], alone[2:]) <= 1e-5
+        assert relative_error(guided[2:], alone[2:]) > 1e-3
+        assert torch.equal(parted.velocity(x, 0.59, context), backbone.velocity(x, 0.59, context))
+        assert torch.equal(parted.velocity(x, 0.96, context), backbone.velocity(x, 0.96, context))
+        assert torch.equal(parted.velocity(x, torch.tensor(0.61), context), whole.velocity(x, 0.61, context))
+    # .9, .8333, .75 and .6429 are guided; 1, .9545, .5 and .3 are not
+    assert (whole.evaluations(*SIZE), parted.evaluations(*SIZE)) == (16, 12)
+    assert Teacher(backbone, guidance_interval=(0.6, 0.95)).evaluations(*SIZE) == 8
+
+
 def test_wrong_use_is_explained() -> None:
     backbone = fused_backbone(Z_IMAGE)
     context = Context(torch.randn(2, 7, 20))
@@ -169,6 +196,8 @@ def test_wrong_use_is_explained() -> None:
         Teacher(backbone).sample(noise, context, sigmas=(1, 0.5))
     with pytest.raises(ValueError, match="steps is 0"):
         Teacher(backbone, steps=0)
+    with pytest.raises(ValueError, match=r"guidance_interval is \(0\.9, 0\.5\), expected two levels"):
+        Teacher(backbone, guidance_interval=(0.9, 0.5))
     with pytest.raises(ValueError, match="shift is 0"):
         Teacher(backbone, shift=0.0)
     with pytest.raises(ValueError, match=r"negative context has 3 samples, expected 1 or 2"):

@@ -41,6 +41,7 @@ from twostep.zoo.context_shards import (
     read_index,
 )
 from twostep.zoo.encoders import fingerprint
+from twostep.zoo.teacher import EVERYWHERE
 
 from ...progress import progress_bar
 from .disk import check_space
@@ -287,11 +288,12 @@ def _teacher_header(teacher: Teacher, grid: tuple[float, ...]) -> dict[str, str]
         # In bfloat16: what a cache rounds to.
         values = teacher.negative.features.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
         negative = [teacher.negative.encoder, teacher.negative.lengths_of_samples(), _digest(values)]
+    limited = [] if teacher.guidance == 1 or teacher.guidance_interval == EVERYWHERE else [teacher.guidance_interval]
     network = fingerprint.digest([config, fingerprint.weights(_Weights(teacher.backbone))])
     return {
         "teacher": f"{teacher.backbone.family}:{network}",
         "sigmas": json.dumps(grid),
-        "guidance": json.dumps([float(teacher.guidance), negative]),
+        "guidance": json.dumps([float(teacher.guidance), negative, *limited]),
     }
 
 
