@@ -15,11 +15,11 @@ from PIL import Image
 
 from tests.train import tiny_pipelines
 from twostep.cli import main
-from twostep.reproduce import command, concept
+from twostep.reproduce import command, concept, unsaid
 from twostep.reproduce.experiments import EXPERIMENTS, TURBO_PP, Claim, Experiment
 from twostep.reproduce.table import BETTER, Spread, judge, markdown
 from twostep.train.command import read_recipe
-from twostep.zoo.miniature import detector, miniature, scenes
+from twostep.zoo.miniature import BASE_AT_ITS_BEST, detector, miniature, scenes
 from twostep.zoo.miniature.captions import say_all, write
 from twostep.zoo.miniature.shapes import COLOURS, SHAPES, render
 
@@ -50,6 +50,11 @@ def test_arms_are_valid_recipes_and_claims_are_of_arms(name: str) -> None:
             assert recipe.model == "miniature" and recipe.compute.dtype == "float32"
     for claim in experiment.claims:
         assert {claim.better, claim.worse} <= arms.keys() and claim.metric in experiment.metrics
+
+
+def test_the_base_is_sampled_at_its_best() -> None:
+    (base,) = (arm for arm in EXPERIMENTS["dp-dmd"].arms if arm.name == "base")
+    assert base.sampled == dict(BASE_AT_ITS_BEST)
 
 
 def _args(out: Path) -> Any:
@@ -123,6 +128,18 @@ def test_concept_images_stand_beside_their_captions(tmp_path: Path) -> None:
         assert write(say_all(seen)) == [caption] and concept.WORD not in caption
 
 
+# What is left unsaid
+
+
+def test_backgrounds_that_captions_leave_open() -> None:
+    """Counted by hand; and real images, each drawn for itself, have nearly all the variety that six can have."""
+    said = unsaid.captions(5, 40)
+    assert len(set(said)) == 40 and not any("background" in caption for caption in said)
+    assert unsaid.variety(torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1]])) == pytest.approx((0 + 4 / 6) / 2)
+    real = unsaid.shown(detector.load(), render(scenes(6, 0, 512)), 8)
+    assert 0.75 < real < 0.85
+
+
 # The table
 
 
@@ -171,6 +188,7 @@ def test_runs(
 ) -> None:
     monkeypatch.setattr(command, "PROMPTS", (command.PROMPTS[0], 8))
     monkeypatch.setattr(command, "CONCEPT", (command.CONCEPT[0], 4, 8))
+    monkeypatch.setattr(command, "UNSAID", (command.UNSAID[0], 4, 2))
     words = ["reproduce", name, "--model", str(model), "--out", str(tmp_path), "--seeds", "1", "--iterations", "1"]
     assert main([*words, "--images", "8", *SHORT]) == 0
     printed = capsys.readouterr().out

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ...zoo.miniature import Miniature, miniature
+from ...zoo.miniature import BASE_AT_ITS_BEST, Miniature, miniature
 from ..durable_folder import publish, temporary
 from ..result import finished
 from .autoencoder import reconstruction_psnr, train_autoencoder
@@ -34,7 +34,8 @@ AUTOENCODER = Fit(steps=2000, batch=16, lr=2e-3)
 ENCODERS = Fit(steps=1500, batch=64, lr=1.5e-3)
 RECIPES = {"base": "miniature-flow-matching", "teacher": "miniature-decoupled-dmd"}
 FRESH = (0xF4E5, 1024)  # a stream that nothing is trained on, and how many of its samples say how good a part is
-MEASURED: dict[str, dict[str, Any]] = {
+MEASURED: dict[str, Mapping[str, Any]] = {
+    "base at 28, guidance 4 in .5-.95": BASE_AT_ITS_BEST,
     "base at 28, guidance 2": {"steps": 28, "guidance": 2.0, "subfolder": "base"},
     "teacher at 8": {"steps": 8},
     "teacher at 2": {"steps": 2},
@@ -147,7 +148,7 @@ class Chain:
         from ...evaluate.command import Settings, study
         from ...evaluate.subjects import Subject
 
-        subjects = [Subject(name, str(weights), settings) for name, settings in MEASURED.items()]
+        subjects = [Subject(name, str(weights), dict(settings)) for name, settings in MEASURED.items()]
         settings = Settings(self.out / "report", images=self.images, title="The miniature")
         report = study(subjects, settings)
         report.write(self.out / "report")

@@ -1,6 +1,6 @@
 """`twostep reproduce EXPERIMENT --out FOLDER`: trains every arm with every seed, measures all alike, writes the table.
 
-    FOLDER/prompts.txt, cache/, concept/    what arms learn from
+    FOLDER/prompts.txt, cache*/, concept/   what arms learn from
     FOLDER/ARM/seed-N/                      runs of `twostep train`
     FOLDER/report/drawn/                    what was drawn
     FOLDER/table.md, table.png              the table beside the paper's, and the same as a picture
@@ -17,7 +17,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .experiments import EXPERIMENTS, Arm, Experiment
 PROMPTS = (0x9E0D, 2048)  # the stream of captions, and how many
 CONCEPT = (0xC1A2, 64, 192)  # its stream, images of it to learn from, and ordinary ones beside them
 ASKED = (0xC1A4, 256)  # its stream when it is asked for, and how often
+UNSAID = (0xC1A6, 64, 8)  # the stream of captions that leave the background open, how many, and images of each
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,11 +101,24 @@ def _prepare(experiment: Experiment, args: argparse.Namespace) -> int:
         new.replace(prompts)
     parser = argparse.ArgumentParser()
     cache_command.add_arguments(parser)
-    given = ["--model", args.model, "--prompts", str(prompts), "--out", str(args.out / "cache")]
-    given += ["--dtype", "fp32", "--batch", "32"]
-    if experiment.anchor_sigma is not None:
-        given += ["--anchor-sigma", str(experiment.anchor_sigma)]
-    return cache_command.run(parser.parse_args(given))
+    for number, sigma in enumerate(experiment.anchor_sigmas or (None,)):
+        out = args.out / ("cache" if number == 0 else f"cache-{sigma}")
+        given = [
+            "--model",
+            args.model,
+            "--prompts",
+            str(prompts),
+            "--out",
+            str(out),
+            "--dtype",
+            "fp32",
+            "--batch",
+            "32",
+        ]
+        anchor = [] if sigma is None else ["--anchor-sigma", str(sigma)]
+        if status := cache_command.run(parser.parse_args([*given, *anchor])):
+            return status
+    return 0
 
 
 def _train(experiment: Experiment, arm: Arm, seed: int, args: argparse.Namespace) -> int:
@@ -141,13 +155,19 @@ def _measure(experiment: Experiment, args: argparse.Namespace) -> None:
                 subjects.append(Subject(arm.name, str(_folder(args, arm, seed))))
             elif seed == 0:
                 subjects.append(Subject(arm.name, args.model, dict(arm.sampled)))
-        settings = Settings(args.out / "report", images=args.images, title=f"twostep reproduce {experiment.name}")
+        settings = Settings(
+            args.out / "report",
+            images=args.images,
+            captions=experiment.varied,
+            title=f"twostep reproduce {experiment.name}",
+        )
         report = study(subjects, settings)
         rows = {row.name: row for row in report.measured}
         for subject in subjects:
             found = {name: interval.value for name, interval in rows[subject.name].metrics.items()}
-            if experiment.concept:
-                found["concept"] = _concept(subject, args.out / "report" / "drawn")
+            for name, measure in (("concept", _concept), ("unsaid", _unsaid)):
+                if name in experiment.metrics:
+                    found[name] = measure(subject, args.out / "report" / "drawn")
             for name, value in found.items():
                 values[subject.name].setdefault(name, []).append(value)
         if seed == 0:
@@ -199,18 +219,35 @@ def _made(facts: Mapping[str, Any]) -> str:
 
 def _concept(subject: Any, kept: Path) -> float:
     """The share of images that show the concept, of captions that name it."""
-    import torch
-
-    from ..evaluate.subjects import Order, draw_once
     from ..zoo.miniature import detector
     from .concept import captions, shows
 
-    order = Order(tuple(captions(*ASKED)), tuple(range(ASKED[1])))
+    pictures = _drawn(subject, captions(*ASKED), list(range(ASKED[1])), kept)
+    return float(shows(detector.load(), pictures).double().mean())
+
+
+def _unsaid(subject: Any, kept: Path) -> float:
+    """How varied backgrounds are of which captions say nothing."""
+    from ..zoo.miniature import detector
+    from .unsaid import captions, shown
+
+    stream, count, seeds = UNSAID
+    said = [caption for caption in captions(stream, count) for _ in range(seeds)]
+    return shown(detector.load(), _drawn(subject, said, list(range(len(said))), kept), seeds)
+
+
+def _drawn(subject: Any, captions: Sequence[str], seeds: Sequence[int], kept: Path) -> Any:
+    """Pixels in [-1, 1]."""
+    import torch
+
+    from ..evaluate.subjects import Order, draw_once
+
+    order = Order(tuple(captions), tuple(seeds))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     load = partial(subject.load, dtype=dtype, device=device)
     (drawn,) = draw_once(subject, load, (order,), kept, dtype=dtype)
-    return float(shows(detector.load(), drawn.pixels()).double().mean())
+    return drawn.pixels()
 
 
 def _seconds(args: argparse.Namespace, arm: Arm) -> list[float]:

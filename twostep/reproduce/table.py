@@ -11,7 +11,7 @@ from .experiments import Claim, Experiment
 
 # Two-sided 95 % of Student's t, by degrees of freedom; beyond ten the last serves, and is a little wide.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-BETTER = {"concept": "more", **{name: metric.better for name, metric in METRICS.items()}}
+BETTER = {"concept": "more", "unsaid": "more", **{name: metric.better for name, metric in METRICS.items()}}
 Values = Mapping[
     str, Mapping[str, Sequence[float]]
 ]  # arm, metric: a number for each seed; one where nothing is trained

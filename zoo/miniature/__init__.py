@@ -1,11 +1,12 @@
 """The embedded miniature: a real latent text-to-image pipeline, small enough to ship with the package, and its data."""
 
 from .captions import Claims, Verdict, claims_of, judge, say, write
-from .model import Miniature, miniature
+from .model import BASE_AT_ITS_BEST, Miniature, miniature
 from .shapes import Scenes, render, sample_scenes, scenes, scenes_at
 from .stream import Samples, samples, samples_at
 
 __all__ = [
+    "BASE_AT_ITS_BEST",
     "Claims",
     "Miniature",
     "Samples",
