@@ -44,6 +44,7 @@ def write_student(recipe: Recipe, cast: Cast, ranks: Ranks, iteration: int) -> P
         if role.weights == "lora":
             alpha = 2 * role.rank if role.alpha is None else role.alpha
             facts |= {"base": began, "rank": role.rank, "alpha": alpha}
+            facts["base_weights"] = networks[0].base_weights
         else:
             facts["began_as"] = began
         facts["recipe"] = resolved(recipe)

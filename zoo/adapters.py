@@ -24,12 +24,14 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .backbone import Backbone, Level
 from .context import Context
+from .encoders import fingerprint
 
 # The layers that D-OPSD trains (q, k, v, out and the feed-forward), by the names of each family: regular expressions
 # for PEFT's target_modules. In FLUX.2 `attn.to_out` is a layer in single blocks and a list in double blocks.
@@ -79,11 +81,12 @@ class AdapterView(Backbone):
     _base: Backbone
     _switch: Switch
     adapter: str | None
+    base_weights: str | None  # their fingerprint; None for shapes without values
 
-    def __init__(self, base: Backbone, switch: Switch, adapter: str | None) -> None:
+    def __init__(self, base: Backbone, switch: Switch, adapter: str | None, base_weights: str | None) -> None:
         nn.Module.__init__(self)
         # Not registered as submodules: several views share one base, and none owns its parameters.
-        self.__dict__.update(_base=base, _switch=switch, adapter=adapter, model=base.model)
+        self.__dict__.update(_base=base, _switch=switch, adapter=adapter, base_weights=base_weights, model=base.model)
         self.family, self.latent_factor = base.family, base.latent_factor
 
     @property
@@ -214,12 +217,15 @@ class AdapterBase:
         self.backbone = backbone.requires_grad_(False)
         self._switch = Switch()
         backbone.model.adapter_switch = self._switch
+        # Before there are adapters, and before anything is divided among ranks.
+        only_shapes = any(one.is_meta or isinstance(one, FakeTensor) for one in backbone.parameters())
+        self.base_weights = None if only_shapes else fingerprint.weights(backbone.model)
         self._views: dict[str, AdapterView] = {}
 
     @property
     def base(self) -> AdapterView:
         """The base alone: every adapter off."""
-        return AdapterView(self.backbone, self._switch, None)
+        return AdapterView(self.backbone, self._switch, None, self.base_weights)
 
     @property
     def adapters(self) -> dict[str, AdapterView]:
@@ -260,7 +266,7 @@ class AdapterBase:
             inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
         model._hf_peft_config_loaded = True  # diffusers' own mark, which its saving and loading of adapters go by
         self._switch.rewire(model)
-        view = AdapterView(self.backbone, self._switch, name)
+        view = AdapterView(self.backbone, self._switch, name, self.base_weights)
         for module in model.modules():
             if isinstance(module, BaseTunerLayer) and name in module.lora_A:
                 device = module.get_base_layer().weight.device

@@ -82,7 +82,9 @@ def load_student(
     networks: dict[str, Backbone] = {}
     if "base" in facts:
         place, subfolder = facts["base"]
-        adapters = AdapterBase(load(pipeline_path(place) if base is None else base, subfolder))
+        place = pipeline_path(place) if base is None else base
+        adapters = AdapterBase(load(place, subfolder))
+        _check_base(facts.get("base_weights"), adapters.base_weights, folder, f"{place}/{subfolder}", dtype)
         for name in dict.fromkeys(names):
             view = adapters.add(name, rank=facts["rank"], alpha=facts["alpha"])
             view.load_state_dict(load_file(folder / f"{name}.safetensors"))
@@ -93,3 +95,14 @@ def load_student(
     student = TwoStepStudent(*steps, sigmas=facts["sigmas"]) if len(steps) == 2 else Student(steps, facts["sigmas"])
     student.requires_grad_(False)
     return student.eval()
+
+
+def _check_base(trained_on: str | None, found: str | None, folder: Path, place: str, dtype: torch.dtype) -> None:
+    """Adapters fit any base of the shape of theirs, and mean something on their own alone."""
+    if dtype == torch.float16:
+        return  # it does not hold the small numbers of the other dtypes, so its fingerprint is another one
+    if trained_on is not None and trained_on != found:
+        raise ValueError(
+            f"load_student: the adapters in {folder} were trained on other weights than those in {place} (fingerprint "
+            f"{trained_on}, not {found}); give base=..., the model that they were trained on"
+        )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ZImageTransformer2DModel
 
 from tests.train import tiny_runs
 from tests.train.run_server import Server
@@ -107,6 +109,20 @@ def test_adapters_find_their_base_where_it_is_now(
     )
     with pytest.raises(ValueError, match="/nowhere does not exist"):
         load_student(folder)
+
+
+def test_adapters_know_their_base(runs: dict[str, Path], place: tiny_runs.Place, tmp_path: Path) -> None:
+    """In any precision and wherever it lies; and another of its shape, one weight apart, is refused."""
+    for dtype in (torch.float32, torch.bfloat16):
+        load_student(runs["lora"], dtype=dtype, fused=dtype == torch.float32)
+    other = tmp_path / "other"
+    shutil.copytree(place.model, other)
+    transformer = ZImageTransformer2DModel.from_pretrained(other / "transformer")
+    with torch.no_grad():
+        transformer.layers[0].attention.to_q.weight[0, 0] += 0.1
+    transformer.save_pretrained(other / "transformer")
+    with pytest.raises(ValueError, match=r"were trained on other weights than those in .*other/transformer"):
+        load_student(runs["lora"], base=other, dtype=torch.float32)
 
 
 def test_wrong_folders_are_explained(runs: dict[str, Path], place: tiny_runs.Place, tmp_path: Path) -> None:
