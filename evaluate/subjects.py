@@ -65,9 +65,7 @@ class Subject:
                 raise ValueError(f"{text!r}: {key} is {value!r}, expected {expected}") from None
         if not where:
             raise ValueError(f"{text!r}: expected [NAME=]WHERE[@key=value,...], such as student=runs/first")
-        return cls(
-            name or Path(where).name + "".join(f" {key}={value}" for key, value in settings.items()), where, settings
-        )
+        return cls(name or " ".join([Path(where).name, *filter(None, given.split(","))]), where, settings)
 
     @property
     def images(self) -> list[Path]:
@@ -131,7 +129,7 @@ def draw(model: TextToImage, order: Order, advance: Callable[[int], object] = la
     for rows in order.batches():
         made.append(to_bytes(model.draw(order.captions[rows], order.seeds[rows], order.size)).cpu())
         advance(rows.stop - rows.start)
-    return Drawn(torch.cat(made), list(order.captions), model.steps, model.evaluations)
+    return Drawn(torch.cat(made), list(order.captions), model.steps, model.evaluations(order.size))
 
 
 def draw_once(

@@ -82,6 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     from .evaluate.subjects import state_of
     from .zoo import load_text_to_image
     from .zoo.saved_student import student_folder
+    from .zoo.teacher import EVERYWHERE
 
     for name, least in (("count", 1), ("batch", 1)):
         if getattr(args, name) < least:
@@ -99,12 +100,9 @@ def _run(args: argparse.Namespace) -> int:
     if student and args.subfolder is not None:
         raise ValueError(f"--subfolder is {args.subfolder}, and {args.model} is a student, whose networks are its own")
     facts = {"model": str(args.model), "steps": args.steps, "guidance": args.guidance, "subfolder": args.subfolder}
-    facts |= {
-        "guidance_interval": list(args.guidance_interval),
-        "size": args.size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "files": state_of(args.model),
-    }
+    facts |= {"size": args.size, "dtype": str(dtype).removeprefix("torch."), "files": state_of(args.model)}
+    if tuple(args.guidance_interval) != EVERYWHERE:
+        facts["guidance_interval"] = list(args.guidance_interval)
     missing = [one for one in wanted if args.overwrite or not _is_there(args.out / one.name, one, facts)]
     if missing:
         logging.disable_progress_bar()
@@ -164,7 +162,9 @@ def _draw(model: Any, missing: list[Wanted], args: argparse.Namespace, facts: di
                 _save(args.out / one.name, pixels, {**facts, "prompt": one.prompt, "seed": one.seed})
             advance(len(some))
     seconds = (time.perf_counter() - begun) / len(missing)
-    print(f"{model.steps} steps, {model.evaluations} evaluations, {seconds:.3g} seconds an image on {model.device}")
+    print(
+        f"{model.steps} steps, {model.evaluations(size)} evaluations, {seconds:.3g} seconds an image on {model.device}"
+    )
 
 
 def _save(path: Path, pixels: Any, facts: dict[str, Any]) -> None:

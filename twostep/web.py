@@ -54,7 +54,7 @@ def serve(made: gradio.Blocks, *, host: str, port: int) -> str:
 
 
 def _evaluations(model: TextToImage) -> str:
-    return f"{model.steps} steps, {model.evaluations} evaluations of the network"
+    return f"{model.steps} steps, {model.evaluations()} evaluations of the network"
 
 
 def _drawing(models: Mapping[str, TextToImage]) -> Callable[[str, float, float], list[Any]]:

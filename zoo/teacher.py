@@ -18,6 +18,17 @@ from .context import Context
 from .sampling import check_grid, euler, sigma_grid
 
 EVERYWHERE = (0.0, 1.0)
+ROUNDING = 1e-6  # of levels, which come in float32 and as Python's numbers: a bound belongs to the interval
+
+
+def check_interval(owner: str, interval: Sequence[float], guidance: float | None = None) -> tuple[float, float]:
+    """Two levels sigma. Where the guidance that they limit is given, it must be one."""
+    levels = tuple(float(level) for level in interval) if isinstance(interval, Sequence) else ()
+    if len(levels) != 2 or not 0 <= levels[0] <= levels[1] <= 1:
+        raise ValueError(f"{owner}: guidance_interval is {interval}, expected two levels, 0 <= least <= greatest <= 1")
+    if guidance == 1 and levels != EVERYWHERE:
+        raise ValueError(f"{owner}: guidance_interval is {levels}, and guidance is 1, which is none: give guidance too")
+    return levels
 
 
 class Teacher:
@@ -45,12 +56,9 @@ class Teacher:
         guidance_interval: tuple[float, float] = EVERYWHERE,
     ) -> None:
         sigma_grid(steps, 1.0 if shift is None else shift)
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-            raise ValueError(
-                f"Teacher: guidance_interval is {guidance_interval}, expected two levels, 0 <= least <= greatest <= 1"
-            )
         self.backbone, self.steps, self.shift = backbone, steps, shift
-        self.guidance, self.negative, self.guidance_interval = guidance, negative, tuple(guidance_interval)
+        self.guidance, self.negative = guidance, negative
+        self.guidance_interval = check_interval("Teacher", guidance_interval)
 
     def sigmas(self, height: int, width: int, steps: int | None = None) -> tuple[float, ...]:
         """The grid for latents of this size."""
@@ -81,6 +89,8 @@ class Teacher:
         both = torch.cat([level, level]) if level.dim() else level
         contexts = Context.cat([context, self._negative(context, negative)])
         positive, other = self.backbone.velocity(torch.cat([x, x]), both, contexts).to(wide).chunk(2)
+        if isinstance(w, Tensor):
+            w = w.to(positive)
         return other + w * (positive - other)
 
     def clean(
@@ -129,9 +139,11 @@ class Teacher:
         least, greatest = self.guidance_interval
         if guidance == 1 or (least, greatest) == EVERYWHERE:
             return guidance
-        if isinstance(sigma, Tensor) and sigma.dim():
-            return torch.where((least <= sigma) & (sigma <= greatest), guidance, 1.0).view(-1, 1, 1, 1)
-        return guidance if least <= float(sigma) <= greatest else 1.0
+        level = torch.as_tensor(sigma).float()
+        inside = (least - ROUNDING <= level) & (level <= greatest + ROUNDING)
+        if level.dim():
+            return torch.where(inside, guidance, 1.0).view(-1, 1, 1, 1)
+        return guidance if inside else 1.0
 
     def _negative(self, context: Context, negative: Context | None) -> Context:
         negative = self.negative if negative is None else negative

@@ -23,7 +23,7 @@ from .encoders import TextEncoder, load_text_encoder
 from .loading import load_backbone
 from .saved_student import load_student, pipeline_path, student_facts, student_folder
 from .student import Student
-from .teacher import EVERYWHERE, Teacher
+from .teacher import EVERYWHERE, Teacher, check_interval
 
 
 @dataclass
@@ -36,12 +36,11 @@ class TextToImage:
     def steps(self) -> int:
         return self.model.steps
 
-    @property
-    def evaluations(self) -> int:
-        """Of the network for an image of the default size (NFE); guidance takes two a step."""
+    def evaluations(self, size: tuple[int, int] | None = None) -> int:
+        """Of the network for an image (NFE); guidance takes two a step."""
         if isinstance(self.model, Student):
             return self.steps
-        height, width = self.size()
+        height, width = self.size(size)
         return self.model.evaluations(height // self.autoencoder.factor, width // self.autoencoder.factor)
 
     @property
@@ -103,6 +102,7 @@ def load_text_to_image(
         subfolder: where in a pipeline the transformer lies.
     """
     _check_device(device)
+    guidance_interval = check_interval("load_text_to_image", guidance_interval, guidance)
     student = student_folder(path)
     if student is not None:
         if steps is not None or guidance != 1 or guidance_interval != EVERYWHERE or shift is not None:

@@ -98,6 +98,8 @@ def test_writes_contexts_and_samples_and_goes_on(
     )
     assert "5 samples of 4 x 8 x 12, 2 steps each" in said.out and "6 contexts of z-image:" in said.out
     check(out, model, guidance=3.0)
+    assert cli.main(arguments(model, prompts, out, "--guidance-interval", ".8", ".9")) == 2
+    assert "and guidance is 1, which is none" in capsys.readouterr().err
     limited = ("--guidance", "3", "--guidance-interval", ".8", ".9")
     assert cli.main(arguments(model, prompts, out, *limited)) == 2
     assert "guidance" in capsys.readouterr().err

@@ -214,6 +214,26 @@ def test_dp_dmd_teaches_step_one_the_teachers_path_and_cuts_it_off(brings_anchor
         assert relative_error(found[key], value) <= 1e-4, key
 
 
+@pytest.mark.parametrize("diversity", [0.0, 0.5])
+def test_without_its_cut_dp_dmd_is_plain_dmd_and_its_term(diversity: float) -> None:
+    """Through both steps, by autograd on the whole of them."""
+    case = CASES["z-image"]
+    roles, batch = roles_of(case, "decoupled"), training_batch(case)
+    DPDMD(roles.student, roles.guidance, DPDMDConfig(diversity=diversity, cut=False)).run("generator", batch, Streams())
+    found = gradients(roles.everything())
+    for parameter in roles.everything().values():
+        parameter.grad = None
+    noise, anchor, context = batch.anchor_noise, batch.anchor, batch.context
+    v0 = roles.student.velocity(0, noise, context)
+    x = roles.student.step(1, noise - 0.25 * v0, context)
+    matching, _ = roles.guidance.matching(x, 0.75, context, Streams())
+    (matching + diversity * (v0 - (noise - anchor) / 0.25).square().mean()).backward()
+    true = gradients(roles.everything())
+    assert found.keys() == true.keys() and any(name.startswith("student.0.") for name in true)
+    for key, value in true.items():
+        assert relative_error(found[key], value) <= 1e-4, key
+
+
 @pytest.mark.parametrize("form", ["velocity", "clean"])
 def test_d_opsd_step_by_step_is_the_summed_loss(form: str) -> None:
     case = CASES["z-image"]

@@ -179,9 +179,13 @@ def test_an_interval_of_guidance_is_each_samples_own() -> None:
         assert torch.equal(parted.velocity(x, 0.59, context), backbone.velocity(x, 0.59, context))
         assert torch.equal(parted.velocity(x, 0.96, context), backbone.velocity(x, 0.96, context))
         assert torch.equal(parted.velocity(x, torch.tensor(0.61), context), whole.velocity(x, 0.61, context))
+        for bound in (0.6, 0.95):  # inside, however the level is given
+            for level in (bound, torch.tensor(bound), torch.tensor([bound] * 3)):
+                assert torch.equal(parted.velocity(x, level, context), whole.velocity(x, level, context))
     # .9, .8333, .75 and .6429 are guided; 1, .9545, .5 and .3 are not
     assert (whole.evaluations(*SIZE), parted.evaluations(*SIZE)) == (16, 12)
     assert Teacher(backbone, guidance_interval=(0.6, 0.95)).evaluations(*SIZE) == 8
+    assert Teacher(backbone, guidance_interval=(0, 1)).guidance_interval == (0.0, 1.0)
 
 
 def test_wrong_use_is_explained() -> None:
@@ -198,6 +202,8 @@ def test_wrong_use_is_explained() -> None:
         Teacher(backbone, steps=0)
     with pytest.raises(ValueError, match=r"guidance_interval is \(0\.9, 0\.5\), expected two levels"):
         Teacher(backbone, guidance_interval=(0.9, 0.5))
+    with pytest.raises(ValueError, match=r"guidance_interval is 0\.5, expected two levels"):
+        Teacher(backbone, guidance_interval=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="shift is 0"):
         Teacher(backbone, shift=0.0)
     with pytest.raises(ValueError, match=r"negative context has 3 samples, expected 1 or 2"):

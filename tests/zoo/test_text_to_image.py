@@ -42,7 +42,7 @@ def test_a_pipeline_draws_what_diffusers_draws(place: tiny_runs.Place) -> None:
     from diffusers import ZImagePipeline
 
     model = load_text_to_image(place.model, steps=4, guidance=3.0, dtype=torch.float32)
-    assert (model.steps, model.evaluations) == (4, 8)
+    assert (model.steps, model.evaluations()) == (4, 8)
     noise = model.noise([5, 6])
     found = model.images(model.latents(noise, model.contexts(["a red circle", "two shapes"])))
     pipeline = ZImagePipeline.from_pretrained(place.model)
@@ -86,7 +86,7 @@ def test_a_runs_student_is_the_one_that_was_trained(
     mine = {name: p.detach() for name, p in student.named_parameters()}
     assert mine.keys() == kept.keys() and all(torch.equal(mine[name], kept[name]) for name in kept)
     model = load_text_to_image(runs[weights] / "student", dtype=torch.float32)
-    assert isinstance(model.model, Student) and (model.steps, model.evaluations) == (2, 2)
+    assert isinstance(model.model, Student) and (model.steps, model.evaluations()) == (2, 2)
     noise, context = model.noise([3]), model.contexts(["a red circle"])
     assert torch.equal(model.latents(noise, context), student.sample(noise, context))
 
@@ -128,6 +128,8 @@ def test_adapters_know_their_base(runs: dict[str, Path], place: tiny_runs.Place,
 def test_wrong_folders_are_explained(runs: dict[str, Path], place: tiny_runs.Place, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a student, which has steps of its own"):
         load_text_to_image(runs["full"], steps=4)
+    with pytest.raises(ValueError, match="and guidance is 1, which is none"):
+        load_text_to_image(place.model, steps=4, guidance_interval=(0.5, 0.9))
     with pytest.raises(ValueError, match="say how many steps"):
         load_text_to_image(place.model)
     with pytest.raises(ValueError, match=r"neither model_index.json \(a pipeline\) nor student.json"):

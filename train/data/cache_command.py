@@ -79,11 +79,13 @@ def _run(args: argparse.Namespace, rank: int, world_size: int) -> int:
 
     from twostep.zoo.context_cache import ContextCache
     from twostep.zoo.saved_student import pipeline_path
+    from twostep.zoo.teacher import check_interval
 
     from .disk import check_space, free_space, size_text
     from .pairs import TeacherCache
     from .prompts import read_prompts
 
+    check_interval("twostep cache", args.guidance_interval, args.guidance)
     prompts = read_prompts(args.prompts, column=args.column)
     args.model = pipeline_path(args.model)
     device = torch.device(args.device or (f"cuda:{_number('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
@@ -174,7 +176,7 @@ def _write_samples(
         shift=args.shift,
         guidance=args.guidance,
         negative=negative,
-        guidance_interval=tuple(args.guidance_interval),
+        guidance_interval=args.guidance_interval,
     )
     TeacherCache.write(
         args.out / "teacher",

@@ -1,7 +1,7 @@
 """DP-DMD (arXiv 2602.03139): step 1 keeps diversity, later steps learn distribution matching.
 
     step 1          the velocity is taught the teacher's average velocity from the same noise down to an anchor
-    between         the gradient is cut
+    between         the gradient is cut (without the cut and step 1's loss this is plain DMD)
     later steps     keep their gradient to each other, and learn DMD on the final image
 
 No discriminator, no images. The teacher's K steps are deterministic; anchors come with the batch (`twostep cache`) or
@@ -29,6 +29,7 @@ class DPDMDConfig:
     kind: Literal["dp_dmd"] = "dp_dmd"
     guidance_per_generator: int = told(5, "guidance updates of an iteration, before the generator's")
     diversity: float = told(0.05, "weight of step 1's loss to the teacher's average velocity (lambda)")
+    cut: bool = told(True, "no gradient of the later steps reaches step 1")
     teacher_steps: int = told(8, "of the teacher's whole path, where the batch brings no anchor")
     anchor_guidance: float = told(3.5, "of the teacher on that path")
     cached_anchors: bool = told(
@@ -76,12 +77,15 @@ class DPDMD:
         noise, anchor, anchor_sigma = self._anchor(batch, streams)
         v0 = student.velocity(0, noise, context)
         diversity = losses.target_prediction_loss(v0, noise, anchor, anchor_sigma)
-        (scale * self.config.diversity * diversity).backward()
-        x = noise + (student.sigmas[1] - student.sigmas[0]) * v0.detach().to(noise.dtype)
+        first = scale * self.config.diversity * diversity
+        if self.config.cut:
+            first.backward()
+            v0 = v0.detach()
+        x = noise + (student.sigmas[1] - student.sigmas[0]) * v0.to(noise.dtype)
         for step in range(1, student.steps):
             x = student.step(step, x, context)
         matching, metrics = self.guidance.matching(x, student.sigmas[1], context, streams)
-        (scale * matching).backward()
+        (scale * matching if self.config.cut else scale * matching + first).backward()
         return metrics | {
             "diversity_loss": diversity.detach(),
             "final_loss": matching.detach(),

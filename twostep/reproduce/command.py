@@ -27,7 +27,7 @@ from .experiments import EXPERIMENTS, Arm, Experiment
 PROMPTS = (0x9E0D, 2048)  # the stream of captions, and how many
 CONCEPT = (0xC1A2, 64, 192)  # its stream, images of it to learn from, and ordinary ones beside them
 ASKED = (0xC1A4, 256)  # its stream when it is asked for, and how often
-UNSAID = (0xC1A6, 64, 8)  # the stream of captions that leave the background open, how many, and images of each
+UNSAID = (0xC1A8, 64, 8)  # the stream of captions that leave the background open, how many, and images of each
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,6 +179,7 @@ def _measure(experiment: Experiment, args: argparse.Namespace) -> None:
         "overrides": args.overrides,
         "seeds": args.seeds,
         "images": args.images,
+        "captions of diversity": experiment.varied,
         "training_seconds": {arm.name: _seconds(args, arm) for arm in experiment.arms if arm.recipe is not None},
         "machine": environment("cuda" if torch.cuda.is_available() else "cpu"),
         "measuring_seconds": round(time.monotonic() - begun, 1),

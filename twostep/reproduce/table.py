@@ -59,9 +59,8 @@ def markdown(experiment: Experiment, values: Values, seeds: int) -> str:
     claims = [_line(["claim", "by", "here", "difference"]), _line(["---"] * 4)]
     for claim in experiment.claims:
         verdict, difference = judge(claim, values)
-        claims.append(
-            _line([f"{claim.better} is better than {claim.worse}", title(claim.metric), verdict, str(difference)])
-        )
+        said = f"{claim.better} is better than {claim.worse}{' (ours)' if claim.ours else ''}"
+        claims.append(_line([said, title(claim.metric), verdict, str(difference)]))
     return (
         f"The right half is {experiment.paper}, on its own models and metrics. The left half is the miniature: means "
         f"of {seeds} seeds and 95 % intervals over seeds (Student's t); a single number where nothing is trained.\n\n"
