@@ -57,6 +57,37 @@ def test_the_base_is_sampled_at_its_best() -> None:
     assert base.sampled == dict(BASE_AT_ITS_BEST)
 
 
+def test_dp_dmds_arms_are_alike_but_for_what_they_compare() -> None:
+    arms = {arm.name: arm for arm in EXPERIMENTS["dp-dmd"].arms if arm.recipe is not None}
+    recipes = {name: read_recipe(str(arm.recipe), list(arm.settings)) for name, arm in arms.items()}
+    alike = {
+        name: (
+            recipe.batch,
+            recipe.ema,
+            recipe.roles.student.source,
+            recipe.roles.student.subfolder,
+            recipe.roles.real_score.subfolder,
+            recipe.guidance.scale,
+            recipe.method.guidance_per_generator,
+            recipe.optimizers.generator.lr,
+            recipe.optimizers.generator.decay,
+            recipe.optimizers.guidance.lr,
+        )
+        for name, recipe in recipes.items()
+    }
+    assert set(alike.values()) == {alike["DP-DMD"]}
+
+    def more(name: str, than: str = "DP-DMD") -> set[str]:
+        assert arms[name].recipe == arms[than].recipe
+        return set(arms[name].settings) - set(arms[than].settings)
+
+    assert more("DMD") == {"method.cut=false", "method.diversity=0"}
+    assert more("DP-DMD without its cut") == {"method.cut=false"}
+    assert more("DP-DMD, weight 1") == {"method.diversity=1"}
+    assert more("turbo-pp with DP-DMD's term", "turbo-pp") == {"method.diversity=0.01"}
+    assert recipes["DP-DMD, anchor .9"].roles.student.sigmas == (1, 0.9, 0)
+
+
 def _args(out: Path) -> Any:
     import argparse
 

@@ -234,6 +234,24 @@ def test_without_its_cut_dp_dmd_is_plain_dmd_and_its_term(diversity: float) -> N
         assert relative_error(found[key], value) <= 1e-4, key
 
 
+def test_plain_dmd_asks_no_teacher_for_anchors() -> None:
+    case = CASES["z-image"]
+    roles, batch = roles_of(case, "decoupled"), training_batch(case)
+    levels: list[Tensor | float] = []
+    velocity = roles.guidance.teacher.velocity
+
+    def counted(x: Tensor, sigma: Tensor | float, *rest: Any, **settings: Any) -> Tensor:
+        levels.append(sigma)
+        return velocity(x, sigma, *rest, **settings)
+
+    roles.guidance.teacher.velocity = counted  # type: ignore[method-assign]
+    alone = replace(batch, anchor=None, anchor_noise=None)
+    plain = DPDMD(roles.student, roles.guidance, DPDMDConfig(diversity=0, cut=False))
+    assert "diversity_loss" not in plain.run("generator", alone, Streams()) and len(levels) == 1
+    DPDMD(roles.student, roles.guidance, DPDMDConfig()).run("generator", alone, Streams())
+    assert len(levels) > 2
+
+
 @pytest.mark.parametrize("form", ["velocity", "clean"])
 def test_d_opsd_step_by_step_is_the_summed_loss(form: str) -> None:
     case = CASES["z-image"]
@@ -380,6 +398,8 @@ def test_wrong_compositions_are_explained() -> None:
         TurboPP(roles.student, roles.guidance, TurboPPConfig(end_to_end=False, step_one_loss=False))
     with pytest.raises(ValueError, match="has 1 step, expected at least 2"):
         DPDMD(Student([roles.student.first], (1, 0)), roles.guidance, DPDMDConfig())
+    with pytest.raises(ValueError, match="dp_dmd: diversity is 0 and cut is true: step 1 would learn nothing"):
+        DPDMD(roles.student, roles.guidance, DPDMDConfig(diversity=0))
     with pytest.raises(ValueError, match="no target_context"):
         method_of("d_opsd", roles).run("generator", replace(batch, target_context=None), Streams())
     with pytest.raises(ValueError, match="caption_dropout needs the context of the empty caption"):

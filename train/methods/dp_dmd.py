@@ -38,6 +38,10 @@ class DPDMDConfig:
 
     def check(self) -> Iterable[str]:
         yield from check_alternation(self.guidance_per_generator)
+        if self.diversity < 0:
+            yield f"diversity is {self.diversity}, expected at least 0"
+        if self.cut and self.diversity == 0:
+            yield "diversity is 0 and cut is true: step 1 would learn nothing; cut: false is plain DMD"
 
 
 class DPDMD:
@@ -58,6 +62,8 @@ class DPDMD:
             raise ValueError(
                 f"dp_dmd: the student has {student.steps} step, expected at least 2: step 1 has a task of its own"
             )
+        for fault in config.check():
+            raise ValueError(f"dp_dmd: {fault}")
         self.student, self.guidance, self.config = student, guidance, config
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
@@ -74,10 +80,14 @@ class DPDMD:
 
     def _generator(self, batch: TrainingBatch, streams: Streams, scale: float) -> Metrics:
         student, context = self.student, batch.context
-        noise, anchor, anchor_sigma = self._anchor(batch, streams)
+        noise, anchor = self._anchor(batch, streams)
         v0 = student.velocity(0, noise, context)
-        diversity = losses.target_prediction_loss(v0, noise, anchor, anchor_sigma)
-        first = scale * self.config.diversity * diversity
+        seen: Metrics = {}
+        first = noise.new_zeros(())
+        if anchor is not None:
+            diversity = losses.target_prediction_loss(v0, noise, anchor, student.sigmas[1])
+            seen["diversity_loss"] = diversity.detach()
+            first = scale * self.config.diversity * diversity
         if self.config.cut:
             first.backward()
             v0 = v0.detach()
@@ -86,26 +96,24 @@ class DPDMD:
             x = student.step(step, x, context)
         matching, metrics = self.guidance.matching(x, student.sigmas[1], context, streams)
         (scale * matching if self.config.cut else scale * matching + first).backward()
-        return metrics | {
-            "diversity_loss": diversity.detach(),
-            "final_loss": matching.detach(),
-            "sample_std": x.detach().std(),
-        }
+        return metrics | seen | {"final_loss": matching.detach(), "sample_std": x.detach().std()}
 
-    def _anchor(self, batch: TrainingBatch, streams: Streams) -> tuple[Tensor, Tensor, float]:
-        """The noise, the teacher's state on its way from it, and that state's sigma."""
+    def _anchor(self, batch: TrainingBatch, streams: Streams) -> tuple[Tensor, Tensor | None]:
+        """The noise, and where the teacher is on its way from it at the end of step 1; None where nobody asks."""
         boundary = self.student.sigmas[1]
         if batch.anchor is not None:
             source = "an anchor is useless without the noise that it came from"
-            return wanted(batch.anchor_noise, "dp_dmd", "anchor_noise", source), batch.anchor, boundary
+            return wanted(batch.anchor_noise, "dp_dmd", "anchor_noise", source), batch.anchor
         noise = normal(batch, streams, "student")
+        if self.config.diversity == 0:
+            return noise, None
         path = [s for s in self.guidance.teacher.sigmas(*batch.shape[2:], self.config.teacher_steps) if s > boundary]
         with torch.no_grad():
             x = noise
             for a, b in zip(path, [*path[1:], boundary], strict=True):
                 v = self.guidance.teacher.velocity(x, a, batch.context, guidance=self.config.anchor_guidance)
                 x = x + (b - a) * v
-        return noise, x, boundary
+        return noise, x
 
     def _guidance(self, batch: TrainingBatch, streams: Streams, scale: float) -> Metrics:
         fake = self.student.sample(normal(batch, streams, "guidance"), batch.context)
