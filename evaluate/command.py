@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", type=int, default=1000, help="captions of the quality set (default: %(default)s)")
     add("--captions", type=int, default=32, help="captions of the variety set (default: %(default)s)")
     add("--seeds", type=int, default=8, help="images of each of those (default: %(default)s)")
+    add("--resamples", type=int, default=Settings.resamples, help="of slow metrics' intervals (default: %(default)s)")
     add("--batch", type=int, default=32, help="images drawn at a time (default: %(default)s)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="in pixels; by default what the models are made for")
     add("--prompts", type=Path, help="captions, one a line (.txt), or .jsonl or .parquet; by default the miniature's")
@@ -87,6 +88,7 @@ class Settings:
     images: int = 1000
     captions: int = 32
     seeds: int = 8
+    resamples: int = 100
     batch: int = 32
     size: tuple[int, int] | None = None
     prompts: Path | None = None
@@ -107,7 +109,7 @@ class Settings:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 8), ("captions", 2), ("seeds", 2), ("batch", 1)):
+        for name, least in (("images", 8), ("captions", 2), ("seeds", 2), ("resamples", 2), ("batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected at least {least}")
         given = {"--prompts": self.prompts, "--reference": self.reference, "--features": self.features}
@@ -151,11 +153,20 @@ def study(subjects: list[Subject], settings: Settings, **facts: Any) -> Report:
             timed |= speeds(models, order)
             del models
     judge, real = _judge(settings, device)
-    rows = [] if real is None else [measure("real images", real, None, judge)]
+    rows = [] if real is None else [measure("real images", real, None, judge, resamples=settings.resamples)]
     for subject in subjects:
         quality, variety = drawn[subject.name]
         facts_of = {"where": subject.where, **subject.settings}
-        rows.append(measure(subject.name, quality, variety, judge, speed=timed.get(subject.name), **facts_of))
+        measured = measure(
+            subject.name,
+            quality,
+            variety,
+            judge,
+            speed=timed.get(subject.name),
+            resamples=settings.resamples,
+            **facts_of,
+        )
+        rows.append(measured)
     same = {name: one.pixels(slice(0, SHOWN)) for name, (one, _) in drawn.items() if one.captions == captions}
     many = {name: two.pixels(slice(0, SHOWN)) for name, (_, two) in drawn.items() if two is not None}
     pictures = []
@@ -165,7 +176,7 @@ def study(subjects: list[Subject], settings: Settings, **facts: Any) -> Report:
     if many:
         says = "One caption from different noises: how much is left open, and used."
         pictures.append(Picture("One caption, many seeds", says, _grid(many, list(varied.captions[:SHOWN]))))
-    summary = f"{len(order)} captions, and {settings.captions} captions with {settings.seeds} seeds each, on {device}."
+    summary = f"{len(order)} captions, and {len(varied) // settings.seeds} captions with {settings.seeds} seeds each, on {device}."
     return Report(
         settings.title,
         summary,

@@ -25,7 +25,6 @@ from .neighbours import balls_around
 from .speed import Speed
 from .subjects import Drawn, Order
 
-RESAMPLES = 100
 AT_ONCE = 256
 NEIGHBOURS = 5
 
@@ -88,6 +87,7 @@ def measure(
     *,
     speed: Speed | None = None,
     seed: int = 0,
+    resamples: int = 100,
     **facts: Any,
 ) -> Measured:
     """
@@ -95,17 +95,18 @@ def measure(
         drawn: what quality is measured on.
         varied: captions that come several times; None: no diversity.
         seed: of the intervals.
+        resamples: of the intervals of the metrics that are slow to measure again.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(drawn.images)
     if len(judge.real) < count:
         raise ValueError(f"{name}: {count} images, and {len(judge.real)} real ones to compare them with: give as many")
     seen, scores = _look(drawn, judge.features, judge.scores)
-    metrics = _quality(seen, judge.real[:count], judge.samples, generator)
+    metrics = _quality(seen, judge.real[:count], judge.samples, generator, resamples)
     for what, values in scores.items():
         metrics[what] = bootstrap(torch.mean, values.double(), generator=generator)
     if varied is not None:
-        metrics |= _variety(varied, judge.variety, generator)
+        metrics |= _variety(varied, judge.variety, generator, resamples)
     ordered = {what: metrics[what] for what in METRICS if what in metrics}
     seconds, network_seconds = (None, None) if speed is None else (speed.seconds, speed.network_seconds)
     return Measured(name, ordered, count, drawn.steps, drawn.evaluations, seconds, network_seconds, dict(facts))
@@ -128,14 +129,14 @@ def _look(
 
 
 def _quality(
-    fake: Tensor, real: Tensor, samples: Callable[[Tensor], Tensor], generator: torch.Generator
+    fake: Tensor, real: Tensor, samples: Callable[[Tensor], Tensor], generator: torch.Generator, resamples: int
 ) -> dict[str, Interval]:
     precise, inside = balls_around(real, fake, k=NEIGHBOURS)
     gaussian, drawn = Gaussian.of_features(samples(real).flatten(0, 1)), samples(fake)
     numbers = torch.arange(len(fake))
 
     def interval(statistic: Callable[[Tensor], float | Tensor], recentre: bool = False) -> Interval:
-        return bootstrap(statistic, numbers, generator=generator, resamples=RESAMPLES, recentre=recentre)
+        return bootstrap(statistic, numbers, generator=generator, resamples=resamples, recentre=recentre)
 
     return {
         "frechet": interval(lambda rows: frechet_distance(drawn[rows].flatten(0, 1), gaussian), recentre=True),
@@ -145,7 +146,7 @@ def _quality(
     }
 
 
-def _variety(varied: Drawn, network: FeatureNetwork, generator: torch.Generator) -> dict[str, Interval]:
+def _variety(varied: Drawn, network: FeatureNetwork, generator: torch.Generator, resamples: int) -> dict[str, Interval]:
     seen = features_of(varied, network)
     by_caption = torch.tensor(list(diversity_by_prompt(seen, varied.captions).values()), dtype=torch.float64)
     captions, numbers = varied.captions, torch.arange(len(seen))
@@ -154,7 +155,7 @@ def _variety(varied: Drawn, network: FeatureNetwork, generator: torch.Generator)
         numbers,
         generator=generator,
         groups=captions,
-        resamples=RESAMPLES,
+        resamples=resamples,
         recentre=True,
     )
     return {"diversity": bootstrap(torch.mean, by_caption, generator=generator), "vendi": vendi}

@@ -159,6 +159,7 @@ def _measure(experiment: Experiment, args: argparse.Namespace) -> None:
             args.out / "report",
             images=args.images,
             captions=experiment.varied,
+            resamples=Settings.resamples if seed == 0 else 2,  # of the page alone: the table's intervals are over seeds
             title=f"twostep reproduce {experiment.name}",
         )
         report = study(subjects, settings)

@@ -188,7 +188,7 @@ DP_DMD = Experiment(
     metrics=("frechet", "aligned", "psnr", "precision", "coverage", "diversity", "unsaid"),
     cached=True,
     anchor_sigmas=(0.75, 0.9, 0.5),
-    varied=128,
+    varied=64,
 )
 
 _TUNED = (

@@ -1,9 +1,9 @@
 """How varied is drawn what captions leave unsaid: the background.
 
 Of the images of one caption, the share of pairs whose backgrounds differ, as the detector reads them: a count of modes,
-where distances of features also see how well things are drawn. A background covers most of an image, and is what the
-detector reads best of images that models drew. Independent draws from the data would give .82 for these captions, since
-some colours exclude some backgrounds.
+where distances of features also see how well things are drawn. Backgrounds are drawn and read without error: of 333
+captions that name one, every image of the teacher and of six students, collapsed ones among them, shows it. Independent
+draws from the data would give .82 for captions that name none, since some colours exclude some backgrounds.
 """
 
 from __future__ import annotations
