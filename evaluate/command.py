@@ -176,7 +176,8 @@ def study(subjects: list[Subject], settings: Settings, **facts: Any) -> Report:
     if many:
         says = "One caption from different noises: how much is left open, and used."
         pictures.append(Picture("One caption, many seeds", says, _grid(many, list(varied.captions[:SHOWN]))))
-    summary = f"{len(order)} captions, and {len(varied) // settings.seeds} captions with {settings.seeds} seeds each, on {device}."
+    several = f"{len(varied) // settings.seeds} captions with {settings.seeds} seeds each"
+    summary = f"{len(order)} captions, and {several}, on {device}."
     return Report(
         settings.title,
         summary,
