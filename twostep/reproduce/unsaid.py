@@ -2,8 +2,8 @@
 
 Of the images of one caption, the share of pairs whose backgrounds differ, as the detector reads them: a count of modes,
 where distances of features also see how well things are drawn. Backgrounds are drawn and read without error: of 333
-captions that name one, every image of the teacher and of six students, collapsed ones among them, shows it. Independent
-draws from the data would give .82 for captions that name none, since some colours exclude some backgrounds.
+captions that name one, every image of the base, the teacher and five students, collapsed ones among them, shows it.
+Independent draws from the data would give .82 for captions that name none, since some colours exclude some backgrounds.
 """
 
 from __future__ import annotations
