@@ -128,10 +128,11 @@ Part = tuple[torch.optim.Optimizer, float]  # and its base rate
 def _make(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[Part]:
     if config.kind == "adamw":
         return [(_adamw(list(parameters.values()), config), config.lr)]
-    sharded = any(isinstance(p, DTensor) for p in parameters.values())
-    if sharded:
-        raise ValueError(f"optimizers: kind {config.kind!r} takes whole parameters, and these are in shards: 'adamw'")
     if config.kind == "adamw8bit":
+        if any(isinstance(p, DTensor) for p in parameters.values()):
+            raise ValueError(
+                "optimizers: kind 'adamw8bit' takes whole parameters, and these are in shards: 'adamw' or 'muon'"
+            )
         return [(_adamw8bit(list(parameters.values()), config), config.lr)]
     hidden = {name: p for name, p in parameters.items() if _is_hidden(name, p)}
     others = [p for name, p in parameters.items() if name not in hidden]

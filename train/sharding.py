@@ -57,12 +57,17 @@ def rows(tensor: Tensor) -> tuple[int, int] | None:
     """The rows of dimension 0 that this rank has of a divided tensor; None for a whole one."""
     if not isinstance(tensor, DTensor) or (dimension := shard_dimension(tensor)) is None:
         return None
-    count, parts = tensor.shape[0], tensor.device_mesh.size(dimension)
-    size = math.ceil(count / parts)  # torch.chunk's rule, which FSDP2 follows: the last ranks may have less, or none
-    start = min(count, size * tensor.device_mesh.get_local_rank(dimension))
-    stop = min(count, start + size)
-    assert tensor.to_local().shape[0] == stop - start
-    return start, stop
+    heights = rows_of_parts(tensor.shape[0], tensor.device_mesh.size(dimension))
+    rank = tensor.device_mesh.get_local_rank(dimension)
+    assert tensor.to_local().shape[0] == heights[rank]
+    return sum(heights[:rank]), sum(heights[: rank + 1])
+
+
+def rows_of_parts(count: int, parts: int) -> list[int]:
+    """How many of dimension 0's rows each rank has: torch.chunk's rule, which FSDP2 follows; the last may have less, or
+    none."""
+    size = math.ceil(count / parts)
+    return [min(count, size * (part + 1)) - min(count, size * part) for part in range(parts)]
 
 
 def is_keeper(tensor: Tensor, ranks: Ranks) -> bool:

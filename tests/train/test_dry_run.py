@@ -149,9 +149,15 @@ def test_ranks_that_cannot_be(place: Place, tmp_path: Path, monkeypatch: pytest.
 def test_an_optimizer_that_cannot_be(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer's own checks of optimizers run too."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    changes = {"optimizers": {"generator": {"kind": "muon"}}, "parallel": {"kind": "fsdp"}}
-    with pytest.raises(ValueError, match="kind 'muon' takes whole parameters"):
+    changes = {"optimizers": {"generator": {"kind": "adamw8bit"}}, "parallel": {"kind": "fsdp"}}
+    with pytest.raises(ValueError, match="kind 'adamw8bit' takes whole parameters"):
         describe_run(read(place, tmp_path, "flow_matching", **changes))
+
+
+def test_muon_in_shards(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    changes = {"optimizers": {"generator": {"kind": "muon"}}, "parallel": {"kind": "fsdp"}}
+    assert "muon" in describe_run(read(place, tmp_path, "flow_matching", **changes))
 
 
 # Memory

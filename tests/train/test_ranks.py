@@ -106,7 +106,62 @@ def test_two_ranks_reach_the_losses_of_one_process(
                 assert mine[name] == pytest.approx(value, rel=TOLERANCE, abs=1e-6), f"{kind}: {name}"
 
 
-@pytest.mark.parametrize("weights", tiny_runs.WEIGHTS)
+def muon_in_shards(recipe: dict[str, Any]) -> int:
+    """Muon on matrices that are divided among ranks, against Muon on whole ones: tall, wide, and of fewer rows than
+    ranks."""
+    from torch import nn
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    from twostep.train.muon import Muon
+    from twostep.train.ranks import join
+
+    shapes = [(7, 12), (12, 7), (7, 12), (2, 5), (7, 12), (7, 12)]
+    settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2}
+    with join(device="cpu", timeout=60, sharded=True, replicas=recipe["replicas"]) as ranks:
+        mesh = ranks.mesh
+        assert mesh is not None
+        placements = [*[torch.distributed.tensor.Replicate()] * (mesh.ndim - 1), Shard(0)]
+
+        def divided(tensor: torch.Tensor) -> DTensor:
+            return distribute_tensor(tensor, mesh, placements)
+
+        generator = torch.Generator().manual_seed(5)
+        whole = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        parts = [nn.Parameter(divided(parameter.detach().clone())) for parameter in whole]
+        optimizers = Muon(whole, **settings), Muon(parts, **settings)
+        for _ in range(3):
+            for one, part in zip(whole, parts, strict=True):
+                one.grad = torch.randn(one.shape, generator=generator)
+                part.grad = divided(one.grad.clone())
+            for optimizer in optimizers:
+                optimizer.step()
+        for one, part in zip(whole, parts, strict=True):
+            torch.testing.assert_close(part.detach().full_tensor(), one.detach(), rtol=1e-5, atol=1e-6)
+            assert part.detach().to_local().shape[0] < one.shape[0]
+    return 0
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(2, 1), (3, 1), (4, 2)])
+def test_muon_in_shards_is_muon(server: Server, ranks: int, replicas: int) -> None:
+    statuses, printed = server.run({"replicas": replicas}, ranks=ranks, call="tests.train.test_ranks:muon_in_shards")
+    assert statuses == [0] * ranks, printed
+
+
+def test_muon_in_shards_reaches_the_losses_of_whole_networks(
+    server: Server, places: dict[str, tiny_runs.Place], tmp_path: Path
+) -> None:
+    place, optimizers = places["z-image"], {"generator": {"kind": "muon", "muon_lr": 1e-3}}
+    found = {}
+    for name, ranks in (("ddp", 2), ("fsdp", 2)):
+        changes: dict[str, Any] = {"parallel": {"kind": name}, "optimizers": optimizers}
+        recipe = tiny_runs.recipe(place, "flow_matching", "full", tmp_path / name, **changes)
+        statuses, printed = server.run(recipe, ranks=ranks)
+        assert statuses == [0] * ranks, printed
+        found[name] = [row["final_loss"] for row in read_metrics(tmp_path / name)]
+    assert len(found["ddp"]) == 4 and found["fsdp"] == pytest.approx(found["ddp"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("weights", "optimizer"), [("full", "adamw"), ("lora", "adamw"), ("full", "muon")])
 @pytest.mark.parametrize(
     ("before", "after"),
     [(("fsdp", 2), ("ddp", 1)), (("ddp", 1), ("fsdp", 2)), (("fsdp", 2), ("fsdp", 3)), (("ddp", 2), ("ddp", 1))],
@@ -117,6 +172,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     places: dict[str, tiny_runs.Place],
     tmp_path: Path,
     weights: str,
+    optimizer: str,
     before: tuple[str, int],
     after: tuple[str, int],
 ) -> None:
@@ -125,6 +181,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 
     def run(side: tuple[str, int], iterations: int) -> None:
         changes: dict[str, Any] = {"parallel": {"kind": side[0]}, "iterations": iterations}
+        changes["optimizers"] = {"generator": {"kind": optimizer}}
         statuses, printed = server.run(tiny_runs.recipe(place, "dp_dmd", weights, tmp_path, **changes), ranks=side[1])
         assert statuses == [0] * side[1], printed
 
