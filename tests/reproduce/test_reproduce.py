@@ -238,9 +238,21 @@ def test_runs(
     trained = [arm for arm in experiment.arms if arm.recipe]
     assert len(list(tmp_path.glob("*/seed-0/student/student.json"))) == len(trained)
 
+    # Again, some arms alone: nothing is trained, and the table of all stays.
+    before, some = (tmp_path / "table.md").read_text(), [arm.name for arm in trained[-2:]]
+    assert main([*words, "--images", "8", *SHORT, "--arms", *some]) == 0
+    (written,) = tmp_path.glob("results-*.json")
+    found = json.loads(written.read_text())
+    first = [experiment.arms[0].name] * (name == "d-opsd")  # that the others begin from
+    assert list(found["values"]) == [*first, *some]
+    assert all(found["values"][arm] == facts["values"][arm] for arm in found["values"])
+    assert "--arms" in found["command"] and (tmp_path / "table.md").read_text() == before
+
 
 def test_mistakes_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "d-opsd", "--out", str(tmp_path), "--seeds", "0"]) == 2
     assert "--seeds is 0" in capsys.readouterr().err
+    assert main(["reproduce", "dp-dmd", "--out", str(tmp_path), "--arms", "dmd"]) == 2
+    assert "--arms: 'dmd' is no arm of dp-dmd, expected some of base, " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["reproduce", "other"])

@@ -7,6 +7,9 @@
     FOLDER/results.json                     every number, the command, and the time it took
     FOLDER/report/                          page and picture of the first seed
 
+With --arms only those arms, over more seeds as a rule: their runs stand beside the others', and what is written is called
+table-ARM-ARM.md and so on; the page is of all arms, and is not written.
+
 Everything is kept as it is made: whatever ends it, the same command goes on.
 """
 
@@ -15,9 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("overrides", nargs="*", metavar="key=value", help="settings of every arm's recipe, such as batch=16")
     add("--out", type=Path, help="where everything is put (default: runs/reproduce/EXPERIMENT)")
     add("--model", default="miniature", help="a folder that holds another miniature (default: the package's own)")
+    add("--arms", nargs="+", metavar="ARM", help="only these, by their names in the table")
     add("--seeds", type=int, default=3, help="runs of every arm (default: %(default)s)")
     add("--iterations", type=int, help="of every run (default: the experiment's)")
     add("--images", type=int, default=2000, help="images that quality is measured on (default: %(default)s)")
@@ -54,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.seeds < 1 or (args.iterations or 1) < 1:
             raise ValueError(f"--seeds is {args.seeds} and --iterations {args.iterations}, expected at least 1")
+        if args.arms:
+            experiment = _only(experiment, args.arms)
         args.out.mkdir(parents=True, exist_ok=True)
         if status := _prepare(experiment, args):
             return status
@@ -74,13 +82,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _only(experiment: Experiment, names: Sequence[str]) -> Experiment:
+    """The experiment of some arms, of those that they begin from, and of the claims about them."""
+    known = {arm.name: arm for arm in experiment.arms}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--arms: {name!r} is no arm of {experiment.name}, expected some of {', '.join(known)}")
+    begun = any("STUDENT" in setting for name in names for setting in known[name].settings)
+    kept = {*names, *([experiment.arms[0].name] if begun else [])}
+    return replace(
+        experiment,
+        arms=tuple(arm for arm in experiment.arms if arm.name in kept),
+        claims=tuple(claim for claim in experiment.claims if {claim.better, claim.worse} <= kept),
+    )
+
+
 def _say(text: str) -> None:
     print(f"== {text}", file=sys.stderr, flush=True)
 
 
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("+", "plus")).strip("-")
+
+
 def _folder(args: argparse.Namespace, arm: Arm, seed: int) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", arm.name.lower().replace("+", "plus")).strip("-")
-    return Path(args.out) / slug / f"seed-{seed}"
+    return Path(args.out) / _slug(arm.name) / f"seed-{seed}"
 
 
 def _prepare(experiment: Experiment, args: argparse.Namespace) -> int:
@@ -171,7 +197,7 @@ def _measure(experiment: Experiment, args: argparse.Namespace) -> None:
                     found[name] = measure(subject, args.out / "report" / "drawn")
             for name, value in found.items():
                 values[subject.name].setdefault(name, []).append(value)
-        if seed == 0:
+        if seed == 0 and not args.arms:
             report.write(args.out / "report")
     facts: dict[str, Any] = {
         "experiment": experiment.name,
@@ -187,13 +213,14 @@ def _measure(experiment: Experiment, args: argparse.Namespace) -> None:
         "values": values,
     }
     table = f"{_made(facts)}\n\n{markdown(experiment, values, args.seeds)}"
-    draw(experiment, values, args.out / "table.png")
-    for name, text in (("table.md", table), ("results.json", json.dumps(facts, indent=1) + "\n")):
+    which = "".join(f"-{_slug(name)}" for name in args.arms or ())
+    draw(experiment, values, args.out / f"table{which}.png")
+    for name, text in ((f"table{which}.md", table), (f"results{which}.json", json.dumps(facts, indent=1) + "\n")):
         new = args.out / f".{name}.new"
         new.write_text(text, encoding="utf-8")
         new.replace(args.out / name)
     print(table)
-    print(args.out / "table.md")
+    print(args.out / f"table{which}.md")
 
 
 def _command(experiment: Experiment, args: argparse.Namespace) -> str:
@@ -201,6 +228,8 @@ def _command(experiment: Experiment, args: argparse.Namespace) -> str:
     words = ["twostep reproduce", experiment.name]
     if args.model != "miniature":
         words.append("--model MODEL")
+    if args.arms:
+        words.append(f"--arms {shlex.join(args.arms)}")
     given: dict[str, Any] = {
         "seeds": args.seeds,
         "iterations": args.iterations or experiment.iterations,
