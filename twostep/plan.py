@@ -14,13 +14,16 @@ GIB = 2**30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", nargs="?", default="z-image", help="z-image, klein-4b, klein-9b, or a folder with a config.json"
+        "model",
+        nargs="?",
+        default="z-image",
+        help="z-image, klein-4b, klein-9b, miniature, or a folder with a config.json",
     )
     parser.add_argument("--height", type=int, default=1024, help="of the images, in pixels")
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--pixels-per-latent", type=int, help="default: 8 for Z-Image, 16 for FLUX.2")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--caption", type=int, default=512, help="tokens of a caption")
+    parser.add_argument("--caption", type=int, help="tokens of a caption (default: 512, or what the model has room for)")
     parser.add_argument("--arrangement", choices=["networks", "one base", "both"], default="both")
     parser.add_argument("--rank", type=int, default=64, help="of the adapters on one base")
     parser.add_argument("--mode", choices=["recompute", "retain", "plain"], default="recompute")
@@ -51,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         if step is None:
             step = 8 if config["_class_name"].startswith("Z") else 16
         _check(arguments, step)
+        arguments.caption = _caption(arguments.caption, config)
         cluster = _cluster(arguments)
     except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)
@@ -72,7 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
             accumulate=arguments.accumulate or 1,
         )
         print(f"running the updates of {name} on tensors without data ...", file=sys.stderr, flush=True)
-        plans.append(plan(config, setting) if cluster is None else _scaled(config, setting, cluster))
+        try:
+            plans.append(plan(config, setting) if cluster is None else _scaled(config, setting, cluster))
+        except ValueError as error:
+            print(f"plan: {error}", file=sys.stderr)
+            return 2
     if arguments.json:
         print(json.dumps([_facts(p) for p in plans], indent=1))
     else:
@@ -111,7 +119,7 @@ def _cluster(arguments: argparse.Namespace) -> Any:
 def _check(arguments: argparse.Namespace, step: int) -> None:
     if step < 1:
         raise ValueError(f"--pixels-per-latent is {step}, expected at least 1")
-    for name in ("height", "width", "batch", "caption", "rank"):
+    for name in ("height", "width", "batch", "rank", *(["caption"] if arguments.caption is not None else [])):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} is {getattr(arguments, name)}, expected at least 1")
     for name in ("height", "width"):
@@ -119,14 +127,27 @@ def _check(arguments: argparse.Namespace, step: int) -> None:
             raise ValueError(f"--{name} is {getattr(arguments, name)}, expected a multiple of {2 * step} pixels")
 
 
+def _caption(asked: int | None, config: dict[str, Any]) -> int:
+    """Tokens of a caption: 512, the pipelines' own, or less where the first axis has fewer positions (Z-Image: one
+    frame of an image and one position in between stand behind the caption)."""
+    if asked is not None:
+        return asked
+    lens = config.get("axes_lens")
+    return min(512, (lens[0] - 2) // 32 * 32) if lens else 512
+
+
 def _config(model: str, known: tuple[str, ...]) -> dict[str, Any]:
+    if model == "miniature":
+        from .zoo.miniature.model import WEIGHTS
+
+        model = str(WEIGHTS)
     for file in (Path(model, "config.json"), Path(model, "transformer", "config.json")):
         if file.is_file():
             config: dict[str, Any] = json.loads(file.read_text())
             if "_class_name" in config:
                 return config
     raise ValueError(
-        f"{model!r} is neither one of {', '.join(known)} nor a folder with a diffusers transformer's config.json"
+        f"{model!r} is neither one of {', '.join(known)}, miniature nor a folder with a diffusers transformer's config.json"
     )
 
 

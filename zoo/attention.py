@@ -1,4 +1,4 @@
-"""Attention of the fused blocks: diffusers' dispatch, and one detour on the CPU.
+"""Attention of the fused blocks: how its module is called, diffusers' dispatch, and one detour on the CPU.
 
 On a CPU, PyTorch's fused attention has a slow backward in bfloat16, also where the processor multiplies bfloat16
 matrices fast. Two matrix products and a softmax are then the better choice for short sequences, although they store the
@@ -41,6 +41,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, proce
         backend=processor._attention_backend,
         parallel_config=processor._parallel_config,
     )
+
+
+def call(attention: Any, *hidden: Any, **keywords: Any) -> Any:
+    """An attention module's processor: its forward inspects the processor's signature on every call. The module itself
+    where somebody has hooked it (diffusers' caches, accelerate, forward and backward hooks)."""
+    if _hooked(attention):
+        return attention(*hidden, **keywords)
+    return attention.processor(attention, *hidden, **keywords)
+
+
+def _hooked(module: Any) -> bool:
+    if hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook"):
+        return True
+    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(len(hooks) > 0 for hooks in own)
 
 
 def _plain_is_faster(query: Tensor, key: Tensor, processor: Any) -> bool:

@@ -19,6 +19,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from torch import Tensor
 
+from .variant import variant_of
+
 KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLFlux2": AutoencoderKLFlux2}
 ROUNDING = 2.0**-8  # half of bfloat16's spacing just above 1: what lies further out was not rounded there
 
@@ -136,8 +138,15 @@ def load_autoencoder(
     """
     config = autoencoder_config(path_or_hub_id, subfolder)
     LatentSpace.of(config)  # or an error that says which classes are known
+    folder = Path(path_or_hub_id).expanduser()
+    source = folder if folder.is_dir() else path_or_hub_id
     vae, report = KINDS[config["_class_name"]].from_pretrained(
-        path_or_hub_id, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        source,
+        subfolder=subfolder,
+        variant=variant_of(folder / subfolder),
+        torch_dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(map(str, report.get(kind) or ()))

@@ -167,6 +167,12 @@ class Backbone(nn.Module, ABC):
                 f"{self._name}: the context has {context.batch} samples and x has {batch}; repeat a context with "
                 f"context.repeat(times)"
             )
+        maker, colon, _ = context.encoder.partition(":")
+        if colon and not maker.startswith(self.family):
+            raise ValueError(
+                f"{self._name}: the context was made by {context.encoder}, an encoder of another family than "
+                f"{self.family}; encode the captions with load_text_encoder of this model's own pipeline"
+            )
         if context.features.shape[2] != self.context_width:
             made_by = f" (encoder {context.encoder})" if context.encoder else ""
             raise ValueError(

@@ -32,6 +32,8 @@ from .context_shards import (
     VERSION,
     WHERE,
     check_file,
+    check_row,
+    checksums_of,
     claim,
     clear,
     is_whole,
@@ -236,7 +238,9 @@ class ContextCache:
             counts = (torch.tensor(one).sum().item() for one in self._shards[shard]["lengths"])
             self._ends[shard] = [0, *accumulate(int(count) for count in counts)]
         start, end = self._ends[shard][row : row + 2]
-        return self._file(shard).get_slice("features")[start:end], lengths
+        features = self._file(shard).get_slice("features")[start:end]
+        check_row(self.folder / self._shards[shard]["file"], self._shards[shard], row, (features,))
+        return features, lengths
 
     def _file(self, shard: int) -> Any:
         if shard not in self._files:
@@ -312,6 +316,7 @@ def _write_shard(folder: Path, plan: Plan, shard: int, encoder: TextEncoder, bat
         "lengths": torch.stack([counts[row] for row in range(len(part))]),
     }
     about = {"prompts": json.dumps([prompt_hash(prompt) for prompt in part]), "has_lengths": str(int(has_lengths))}
+    about |= checksums_of((rows[row],) for row in range(len(part)))
     publish(folder / name, lambda path: save_file(tensors, path, {**plan.header, **about}))
 
 

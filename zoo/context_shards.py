@@ -1,7 +1,8 @@
 """The files of a cache: shards and index, read and checked, and written so that only whole ones have a name.
 
 A shard's header says what it is part of (the plan: two writers with one plan may share a folder) and, under the keys
-that its kind names, what it alone holds. Contexts are one kind of shards; a trainer's cache of samples is another.
+that its kind names, what it alone holds, a checksum of every row among it. Contexts are one kind of shards; a trainer's
+cache of samples is another.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 INDEX = "index.json"
 
@@ -40,11 +44,42 @@ class Kind:
     holds: str
     writer: str  # the function that fills a folder
     input: str  # what a writer must be given again to go on
-    own: tuple[str, ...]  # keys of a header that are the shard's alone
+    own: tuple[str, ...]  # keys of a header that are the shard's alone, CHECKSUMS among them
     rows: Callable[[Any], Rows]  # of an open shard
 
     def name(self, shard: int, shards: int) -> str:
         return f"{self.stem}-{shard:05d}-of-{shards:05d}.safetensors"
+
+
+CHECKSUMS = "checksums"
+
+
+def checksums_of(rows: Iterable[tuple[Tensor, ...]]) -> dict[str, str]:
+    """Into a shard's header: a CRC-32 of each row's tensors."""
+    return {CHECKSUMS: json.dumps([_checksum(row) for row in rows])}
+
+
+def checksums_in(file: Any) -> dict[str, list[int]]:
+    """Of an open shard; nothing of one that was written before there were any."""
+    about = file.metadata()
+    return {CHECKSUMS: json.loads(about[CHECKSUMS])} if CHECKSUMS in about else {}
+
+
+def check_row(path: Path, entry: dict[str, Any], row: int, found: tuple[Tensor, ...], kind: Kind | None = None) -> None:
+    """ValueError where a row that was read is not the row that was written."""
+    kind = kind or CONTEXTS
+    if CHECKSUMS in entry and entry[CHECKSUMS][row] != _checksum(found):
+        raise ValueError(
+            f"{kind.where}: row {row} of the shard {path} is not what was written: it is damaged; remove the shard and "
+            f"write it again with {kind.writer}"
+        )
+
+
+def _checksum(row: tuple[Tensor, ...]) -> int:
+    total = 0
+    for tensor in row:
+        total = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), total)
+    return total
 
 
 def _captions(file: Any) -> Rows:
@@ -52,7 +87,7 @@ def _captions(file: Any) -> Rows:
     tokens, channels = file.get_slice("features").get_shape()
     prompts = json.loads(about["prompts"])
     return Rows(
-        {"prompts": prompts, "lengths": lengths.tolist()},
+        {"prompts": prompts, "lengths": lengths.tolist(), **checksums_in(file)},
         {"captions": len(prompts), "tokens": tokens},
         {"channels": channels, "lengths": about["has_lengths"] == "1"},
     )
@@ -69,7 +104,7 @@ CONTEXTS = Kind(
     holds="contexts",
     writer="ContextCache.write",
     input="captions",
-    own=("prompts", "has_lengths"),
+    own=("prompts", "has_lengths", CHECKSUMS),
     rows=_captions,
 )
 

@@ -7,6 +7,7 @@ and attention backends stay what they are. `unfuse` gives every module its class
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
@@ -37,6 +38,21 @@ def _fused_models() -> tuple[type, ...]:
     return tuple(_families()[stock] for stock in _models())
 
 
+@functools.cache
+def _known_to_caches() -> None:
+    """diffusers' caches (first block, mag, ...) look up by class what a block takes and returns: ours do as stock's."""
+    try:
+        from diffusers.hooks._helpers import TransformerBlockRegistry
+    except ImportError:
+        return
+    for stock, fused in _families().items():
+        try:
+            known = TransformerBlockRegistry.get(stock)
+        except ValueError:
+            continue
+        TransformerBlockRegistry.register(fused, copy.copy(known))
+
+
 def _plain(model: nn.Module) -> nn.Module:
     """The diffusers model inside PEFT's and torch.compile's wrappers."""
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
@@ -56,8 +72,9 @@ def fuse(model: Model) -> Model:
 
     May be called before or after LoRA is added, and before torch.compile and FSDP wrap the model. A second call changes
     nothing. A module with an attention processor of your own keeps it, and is named in an error. Blocks read the
-    weights of their norms without calling the norms, so what moves every layer by itself when it is called (diffusers'
-    enable_sequential_cpu_offload) cannot move those: offload whole models or blocks, or unfuse.
+    weights of their norms without calling the norms: hooks on norms are not called, and what moves every layer by
+    itself when it is called (diffusers' enable_sequential_cpu_offload) cannot move those: offload whole models or
+    blocks, or unfuse. Hooks on the model, its blocks, their attention and linear layers are called as ever.
     """
     root, classes = _plain(model), _families()
     if not isinstance(root, _models()):
@@ -67,6 +84,7 @@ def fuse(model: Model) -> Model:
     if foreign:
         raise TypeError("fuse: " + "; ".join(foreign))
     _exchange(root, classes)
+    _known_to_caches()
     # A pipeline that is made with this model writes into model_index.json where its class is to be found: in diffusers.
     root.__dict__["__module__"] = next(s for s in _models() if isinstance(root, s)).__module__
     return model

@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from .backbone import Backbone
 from .flux2.backbone import Flux2Backbone
 from .fuse import fuse
+from .variant import variant_of
 from .z_image.backbone import ZImageBackbone
 
 # The classes that can be loaded. Adding a backbone is described in docs/zoo.md.
@@ -40,14 +41,15 @@ def load_backbone(
 
     Args:
         path: a transformer's folder (config.json beside safetensors), a pipeline's folder (model_index.json; its
-            `transformer` is taken), or a hub id "owner/name".
+            `transformer` is taken), or a hub id "owner/name". A folder may hold the weights as one variant (fp16).
         fused: run on twostep.ops; False keeps the stock modules.
         subfolder: where the transformer lies, if not in `transformer`: "transformer_2" of an exported student.
         revision: of the hub repository.
         embedded_guidance: for FLUX.2 models that were distilled with a guidance input.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     local = folder.is_dir()
+    path = folder if local else path
     if not local and (folder.exists() or len(str(path).split("/")) != 2 or str(path).startswith((".", "/", "~"))):
         found = "is a file" if folder.exists() else "does not exist"
         raise ValueError(
@@ -80,14 +82,23 @@ def _config(path: str | Path, subfolder: str | None, revision: str | None, local
             f"load_backbone: {file} is missing, so {path} is no diffusers model; it holds "
             f"{', '.join(inside) or 'nothing'}"
         )
+    return _read_json(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of UTF-8
         raise ValueError(f"load_backbone: {file} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"load_backbone: {file} holds a {type(found).__name__}, expected a JSON object")
+    return found
 
 
 def _shift(path: str | Path, subfolder: str | None, revision: str | None, local: bool) -> dict[str, float]:
-    """The scheduler's shift, where the transformer lies in a pipeline."""
+    """The scheduler's shift, where the transformer lies in a pipeline, also if its own folder was given."""
+    if subfolder is None and (Path(path).parent / "model_index.json").is_file():
+        path, subfolder = Path(path).parent, Path(path).name
     if subfolder is None or (local and not Path(path, "scheduler", "scheduler_config.json").is_file()):
         return {}
     try:
@@ -114,11 +125,29 @@ def _family(path: str | Path, config: dict[str, Any]) -> tuple[Any, type[Backbon
 def _weights(
     stock: Any, path: str | Path, subfolder: str | None, revision: str | None, local: bool, dtype: torch.dtype
 ) -> torch.nn.Module:
+    variant = None
     if local:
-        _check_shards(Path(path, subfolder or ""))
-    model, report = stock.from_pretrained(
-        path, subfolder=subfolder, revision=revision, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
+        weights = Path(path, subfolder or "")
+        variant = variant_of(weights)
+        _check_shards(weights, variant)
+    before = torch.get_default_dtype()
+    try:
+        model, report = stock.from_pretrained(
+            path,
+            subfolder=subfolder,
+            revision=revision,
+            variant=variant,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except AssertionError as error:
+        raise ValueError(
+            f"load_backbone: diffusers makes no {stock.__name__} of the config in {path}"
+            f"{f': {error}' if str(error) else ', whose numbers contradict each other'}"
+        ) from error
+    finally:
+        torch.set_default_dtype(before)  # diffusers changes it on the way, and leaves it so where it fails
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             names = sorted(map(str, report[kind]))
@@ -130,14 +159,17 @@ def _weights(
     return model
 
 
-def _check_shards(folder: Path) -> None:
+def _check_shards(folder: Path, variant: str | None) -> None:
     """Names every shard that the index wants and the folder lacks."""
-    indices = list(folder.glob("*.safetensors.index.json"))
+    indices = list(folder.glob(f"*.safetensors.index{'' if variant is None else f'.{variant}'}.json"))
     if not indices:
         if not list(folder.glob("*.safetensors")):
             raise ValueError(f"load_backbone: {folder} has a config.json and no .safetensors beside it")
         return
-    wanted = set(json.loads(indices[0].read_text())["weight_map"].values())
+    listed = _read_json(indices[0]).get("weight_map")
+    if not isinstance(listed, dict):
+        raise ValueError(f"load_backbone: {indices[0]} has no weight_map, so it is no index of shards")
+    wanted = set(listed.values())
     missing = sorted(name for name in wanted if not (folder / name).is_file())
     if missing:
         raise ValueError(

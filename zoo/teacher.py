@@ -35,9 +35,8 @@ class Teacher:
     """A backbone as a multi-step sampler; also the real score of distribution matching, by `clean`.
 
     Args:
-        backbone: full, or a view of an AdapterBase. The teacher does not freeze it: its methods keep no graph of
-            parameters only because nobody asks for one, so pass a frozen one (load_backbone's is not trained by
-            default).
+        backbone: full, or a view of an AdapterBase. The teacher does not freeze it: load_backbone's parameters ask
+            for gradients, as a student's do, and `velocity` would keep their graph. So: .requires_grad_(False).
         steps, shift: of the default grid. shift=None takes what the family's public pipeline uses.
         guidance: the scale w. Other than 1 it needs a negative context, here or in each call.
         negative: context of the empty (or a negative) prompt, of batch 1.

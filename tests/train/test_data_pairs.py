@@ -208,6 +208,22 @@ def test_writes_a_damaged_shard_again(write: Write, contexts: OnlineContexts, tm
     assert counting.seen == PROMPTS[2:4] and contents(tmp_path) == before
 
 
+def test_notices_a_flipped_bit(write: Write, tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / "pairs-00001-of-00004.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    cache, damaged = TeacherCache(tmp_path), []
+    for index in range(len(cache)):
+        try:
+            cache[[index]]
+        except ValueError as error:
+            assert "pairs-00001-of-00004.safetensors is not what was written: it is damaged" in str(error)
+            damaged.append(index)
+    assert len(damaged) == 1 and damaged[0] in (2, 3)
+
+
 def test_refuses_to_mix_two_writings(
     write: Write, teacher: Teacher, contexts: OnlineContexts, mini: Miniature, tmp_path: Path
 ) -> None:

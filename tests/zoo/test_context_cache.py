@@ -332,6 +332,27 @@ def test_names_the_damaged_shard_and_mends_it(
     check(ContextCache(tmp_path, encoder)[PROMPTS], encoder, PROMPTS)
 
 
+def test_notices_a_flipped_bit(tmp_path: Path, encoder: TextEncoder) -> None:
+    """In a row that is read, and in no other."""
+    write(tmp_path, encoder)
+    path = tmp_path / "contexts-00001-of-00004.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    cache = ContextCache(tmp_path)
+    damaged = []
+    for prompt in PROMPTS:
+        try:
+            check(cache[[prompt]], encoder, [prompt])
+        except ValueError as error:
+            assert "contexts-00001-of-00004.safetensors is not what was written: it is damaged" in str(error)
+            damaged.append(prompt)
+    assert len(damaged) == 1
+    path.unlink()
+    write(tmp_path, encoder)
+    check(ContextCache(tmp_path)[PROMPTS], encoder, PROMPTS)
+
+
 def test_notices_a_shard_of_another_cache(tmp_path: Path, encoder: TextEncoder) -> None:
     write(tmp_path / "a", encoder)
     write(tmp_path / "b", encoder, [prompt.upper() for prompt in PROMPTS])

@@ -15,6 +15,8 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
     ZImagePipeline,
 )
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
@@ -368,3 +370,60 @@ def test_a_pipeline_made_with_a_fused_model_saves_what_stock_diffusers_loads(nam
     assert index["transformer"] == ["diffusers", type(stock_model(case)).__name__]
     loaded = DiffusionPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None, vae=None)
     assert type(loaded.transformer) is type(stock_model(case))
+
+
+@BOTH
+def test_a_fused_class_makes_whole_fused_models(name: str, tmp_path: Path) -> None:
+    """type(model).from_pretrained, as trainers that are built on diffusers have it, and from_config."""
+    case = CASES[name]
+    model, batch = stock_model(case), batch_of(case)
+    true = call_stock(model, case, batch)
+    fuse(model).save_pretrained(tmp_path)
+    for made in (type(model).from_pretrained(tmp_path), type(model).from_config(model.config)):
+        assert {n: type(m) for n, m in made.named_modules()} == {n: type(m) for n, m in model.named_modules()}
+        made.load_state_dict(model.state_dict())
+        assert relative_error(call_stock(made, case, batch), true) <= 1e-5
+        unfuse(made)
+        assert torch.equal(call_stock(made, case, batch), true)
+
+
+@BOTH
+def test_hooks_are_called_but_on_norms(name: str) -> None:
+    case = CASES[name]
+    called: dict[bool, set[str]] = {}
+    for fused in (False, True):
+        model, seen = stock_model(case), set()
+        if fused:
+            fuse(model)
+        for path, module in model.named_modules():
+            module.register_forward_hook(lambda *_, path=path, seen=seen: seen.add(path))
+        call_stock(model, case, batch_of(case))
+        called[fused] = seen
+    assert any(path.endswith((".attention", ".attn")) for path in called[True])
+    assert all("norm" in path or path.endswith("gate_fn") for path in called[False] - called[True])
+
+
+@pytest.mark.parametrize("cache", ["pyramid attention", "taylor"])
+def test_diffusers_caches_work_as_on_stock(cache: str) -> None:
+    case = CASES["flux2"]
+    batches = [batch_of(case, seed) for seed in (1, 2, 1)]
+    settings = {
+        "pyramid attention": PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 10000),
+            current_timestep_callback=lambda: 500,
+            spatial_attention_block_identifiers=("transformer_blocks",),
+        ),
+        "taylor": TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=1),
+    }[cache]
+    found = {}
+    for name in ("stock", "stock with its cache", "fused with its cache"):
+        model = stock_model(case)
+        if name.startswith("fused"):
+            fuse(model)
+        if name != "stock":
+            model.enable_cache(settings)
+        with torch.no_grad(), model.cache_context("test"):
+            found[name] = torch.stack([call_stock(model, case, batch) for batch in batches])
+    assert relative_error(found["stock with its cache"], found["stock"]) > 1e-3
+    assert relative_error(found["fused with its cache"], found["stock with its cache"]) <= 1e-5

@@ -67,7 +67,7 @@ def test_a_pipelines_folder_gives_its_transformer_and_shift(tmp_path: Path) -> N
     ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=6.0), vae, None, None, model).save_pretrained(tmp_path)
     backbone = load_backbone(tmp_path)
     assert backbone.default_shift(16, 16, 8) == 6.0
-    assert load_backbone(tmp_path / "transformer").default_shift(16, 16, 8) == 3.0
+    assert load_backbone(tmp_path / "transformer").default_shift(16, 16, 8) == 6.0  # of the pipeline that it lies in
     (tmp_path / "transformer").rename(tmp_path / "transformer_2")
     assert load_backbone(tmp_path, subfolder="transformer_2").default_shift(16, 16, 8) == 6.0
 
@@ -92,10 +92,62 @@ def test_a_class_that_is_not_supported(tmp_path: Path) -> None:
         load_backbone(tmp_path)
 
 
-def test_a_broken_config(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (b"{", "config.json is not valid JSON"),
+        (b"\xff\xfe{}", "config.json is not valid JSON"),
+        (b"[]", "config.json holds a list, expected a JSON object"),
+    ],
+)
+def test_a_broken_config(folder: Path, written: bytes, message: str) -> None:
+    (folder / "config.json").write_bytes(written)
+    with pytest.raises(ValueError, match=message):
         load_backbone(folder)
+
+
+def test_a_config_that_contradicts_itself(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "axes_dims": [2, 2, 2]}))
+    with pytest.raises(ValueError, match=r"diffusers makes no ZImageTransformer2DModel of the config in .*contradict"):
+        load_backbone(folder)
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("written", "message"), [("{", "index.json is not valid JSON"), ("{}", "index.json has no weight_map")]
+)
+def test_a_broken_index(tmp_path: Path, written: str, message: str) -> None:
+    stock_model(CASES["z-image"]).save_pretrained(tmp_path, max_shard_size="100KB")
+    (index,) = tmp_path.glob("*.index.json")
+    index.write_text(written)
+    with pytest.raises(ValueError, match=message):
+        load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "100KB"])
+def test_a_variant_alone_is_what_is_loaded(tmp_path: Path, shard: str) -> None:
+    model = stock_model(CASES["z-image"])
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size=shard)
+    loaded = load_backbone(tmp_path, dtype=torch.float32, fused=False).model.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+    if shard == "100KB":
+        gone = sorted(tmp_path.glob("*.safetensors"))[1]
+        gone.rename(tmp_path / "kept")
+        with pytest.raises(ValueError, match=rf"lacks 1 of \d+ shards .*{gone.name}"):
+            load_backbone(tmp_path)
+        (tmp_path / "kept").rename(gone)
+    stock_model(CASES["z-image"], seed=1).save_pretrained(tmp_path, variant="bf16")
+    with pytest.raises(ValueError, match="the variants bf16, fp16 and none without"):
+        load_backbone(tmp_path)
+    stock_model(CASES["z-image"], seed=2).save_pretrained(tmp_path)  # weights with the usual name come first
+    loaded = load_backbone(tmp_path, dtype=torch.float32, fused=False).model.state_dict()
+    assert all(torch.equal(v, loaded[n]) for n, v in stock_model(CASES["z-image"], seed=2).state_dict().items())
+
+
+def test_a_home_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert load_backbone("~/model").channels == load_backbone(folder).channels
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,10 @@ The oracle is diffusers' own class, called by its own interface. A new backbone 
 
 from __future__ import annotations
 
+import gc
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -72,7 +76,9 @@ def test_a_fused_model_called_by_stocks_interface_is_stock(case: Case) -> None:
 
 
 def test_bfloat16_is_as_exact_as_stock(case: Case) -> None:
-    """Error against the same weights and inputs in float64, at most twice stock's own; forward and input gradient."""
+    """Error against the same weights and inputs in float64, at most twice stock's own: of the output, of the input's
+    gradient, and of all parameters' gradients, each as large as its own parameter's. A single small parameter's error
+    is luck on both sides: one in a hundred may be more, and none above four times."""
     low, batch = stock_model(case, dtype=torch.bfloat16), batch_of(case).to(torch.bfloat16)
     exact = stock_model(case)
     for parameter, source in zip(exact.parameters(), low.parameters(), strict=True):
@@ -80,20 +86,20 @@ def test_bfloat16_is_as_exact_as_stock(case: Case) -> None:
     # Times are data: both dtypes are given the very time that bfloat16 has (stock rounds it in FLUX.2).
     batch.sigma = torch.full_like(batch.sigma, 0.5)
     true, true_gradients = run(exact, case, batch.to(torch.float64), by_backbone=False)
-    errors = {}
+    parameters = [name for name, gradient in true_gradients.items() if gradient is not None and name != "x"]
+    errors, single = {}, {}
     for name, model, by_backbone in (("stock", low, False), ("ours", fuse(copy_of(low)), True)):
         value, found = run(model, case, batch.to(torch.bfloat16), by_backbone=by_backbone)
         errors[name] = (
             relative_error(value, true),
             relative_error(found["x"], true_gradients["x"]),
-            *(
-                relative_error(found[k], g)
-                for k, g in true_gradients.items()
-                if g is not None and k.endswith("w2.weight")
-            ),
         )
+        single[name] = torch.tensor([relative_error(found[k], true_gradients[k]) for k in parameters])
     for ours, stock in zip(errors["ours"], errors["stock"], strict=True):
         assert ours <= 2 * stock
+    assert single["ours"].square().mean() <= 2 * single["stock"].square().mean()
+    ratios = single["ours"] / single["stock"].clamp_min(1e-6)
+    assert (ratios > 2).float().mean() <= 0.01 and ratios.max() <= 4, parameters[int(ratios.argmax())]
 
 
 def test_float64_is_computed_in_float64(case: Case) -> None:
@@ -104,6 +110,24 @@ def test_float64_is_computed_in_float64(case: Case) -> None:
         value = backbone_of(fuse(model), case).velocity(batch.x, batch.sigma, batch.context)
     assert value.dtype == torch.float64
     assert relative_error(value, true) <= 1e-6
+
+
+def test_what_stands_in_the_padding_is_never_read(case: Case) -> None:
+    """Nor does it come back as a gradient: a NaN there would be one everywhere."""
+    backbone, batch = fused_backbone(case), batch_of(case)
+    if batch.context.lengths is None:
+        pytest.skip("without lengths everything is read")
+    results = []
+    for padding in (0.0, math.nan):
+        features = torch.nn.functional.pad(batch.context.features, (0, 0, 0, 3))
+        beyond = torch.arange(features.shape[1]) >= batch.context.token_lengths.unsqueeze(1)
+        features = features.masked_fill(beyond.unsqueeze(-1), padding)
+        out = backbone.velocity(batch.x, batch.sigma, replace(batch.context, features=features))
+        backbone.zero_grad()
+        out.sum().backward()
+        gradients = [p.grad for p in backbone.parameters() if p.grad is not None]
+        results.append([out.detach(), *gradients])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_the_operators_run(case: Case) -> None:
@@ -188,3 +212,36 @@ def test_a_model_that_sampled_under_inference_mode_can_be_trained(case: Case) ->
         backbone.velocity(batch.x, batch.sigma, batch.context)
     backbone.velocity(batch.x, batch.sigma, batch.context).sum().backward()
     assert any(p.grad is not None for p in backbone.parameters())
+
+
+def test_a_context_of_another_familys_encoder_is_refused() -> None:
+    """Whatever its width."""
+    for family, other in (("z-image", "flux2-klein"), ("flux2", "z-image")):
+        case = CASES[family]
+        batch, backbone = batch_of(case), fused_backbone(case)
+        with pytest.raises(ValueError, match=f"made by {other}:00ff, an encoder of another family than {family}"):
+            backbone.velocity(batch.x, batch.sigma, replace(batch.context, encoder=f"{other}:00ff"))
+        backbone.velocity(batch.x, batch.sigma, replace(batch.context, encoder=f"{family}-vision:00ff"))
+
+
+def test_batches_of_many_lengths_leave_no_tables_behind() -> None:
+    """What is kept is of single padded lengths, not of every batch that ever came."""
+    from twostep.zoo.z_image import packing
+
+    model = stock_model(CASES["z-image, even captions"])
+    model.config.axes_lens[0] = 1024
+    generator = torch.Generator().manual_seed(0)
+
+    def kept() -> int:
+        gc.collect()
+        storages = {t.untyped_storage() for t in gc.get_objects() if isinstance(t, Tensor)}
+        return sum(storage.nbytes() for storage in storages)
+
+    before = kept()
+    for _ in range(60):
+        lengths = torch.randint(1, 257, (64,), generator=generator).tolist()
+        plan = packing.layout(model, (1, 8, 8), lengths, torch.device("cpu"))
+    batch = plan.joint_freqs.nbytes + plan.image_freqs.nbytes
+    assert len(plan.joint_freqs) == 64
+    del plan
+    assert kept() - before < batch

@@ -135,16 +135,23 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no-such-model"], "neither one of z-image, klein-4b, klein-9b nor a folder"),
+        (["no-such-model"], "neither one of z-image, klein-4b, klein-9b, miniature nor a folder"),
         (["z-image", "--height", "1000"], "--height is 1000, expected a multiple of 16"),
         (["klein-4b", "--width", "48"], "--width is 48, expected a multiple of 32"),
         (["z-image", "--pixels-per-latent", "0"], "--pixels-per-latent is 0, expected at least 1"),
         (["z-image", "--batch", "0"], "--batch is 0, expected at least 1"),
+        (["z-image", "--caption", "0"], "--caption is 0, expected at least 1"),
+        (["miniature", "--height", "64", "--width", "64", "--caption", "800"], "802 positions are needed on axis 0"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_miniature_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "miniature", "--height", "64", "--width", "64", "--arrangement", "one base"]) == 0
+    assert "480 caption tokens" in capsys.readouterr().out
 
 
 def test_an_unknown_arrangement() -> None:

@@ -29,9 +29,13 @@ from torch import Tensor, nn
 from twostep.zoo import AdapterView, Backbone, Context, Teacher
 from twostep.zoo.context_cache import DTYPES
 from twostep.zoo.context_shards import (
+    CHECKSUMS,
     Kind,
     Rows,
     check_file,
+    check_row,
+    checksums_in,
+    checksums_of,
     claim,
     clear,
     is_whole,
@@ -54,7 +58,7 @@ WHERE = "teacher cache"
 
 def _rows(file: Any) -> Rows:
     indices = file.get_tensor("indices").tolist()
-    return Rows({"first": indices[0], "count": len(indices)}, {"pairs": len(indices)}, {})
+    return Rows({"first": indices[0], "count": len(indices), **checksums_in(file)}, {"pairs": len(indices)}, {})
 
 
 PAIRS = Kind(
@@ -65,7 +69,7 @@ PAIRS = Kind(
     holds="teacher samples",
     writer="TeacherCache.write",
     input="prompts",
-    own=(),
+    own=(CHECKSUMS,),
     rows=_rows,
 )
 
@@ -232,7 +236,9 @@ class TeacherCache:
                 raise ValueError(f"{WHERE}: {path} is a shard of another cache; write this one anew with resume=False")
             self._files[shard] = file
         row = index - self._first[shard]
-        return {name: self._files[shard].get_slice(name)[row] for name in names}
+        found = {name: self._files[shard].get_slice(name)[row] for name in names}
+        check_row(self.folder / self._shards[shard]["file"], self._shards[shard], row, tuple(found.values()), PAIRS)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}  # an open file stays with its process
@@ -370,4 +376,5 @@ def _write_shard(
     tensors = {"latents": torch.cat(latents), "indices": torch.tensor(list(part))}
     if plan.anchor is not None:
         tensors["anchors"] = torch.cat(anchors)
-    publish(folder / name, lambda path: save_file(tensors, path, plan.header))
+    about = checksums_of(zip(*(tensors[name] for name in ("latents", "anchors") if name in tensors), strict=True))
+    publish(folder / name, lambda path: save_file(tensors, path, {**plan.header, **about}))

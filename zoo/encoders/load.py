@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .klein import KleinTextEncoder
+from ..variant import variant_of
 from .protocol import TextEncoder
 from .zimage import ZImageOmniTextEncoder, ZImageTextEncoder
 
@@ -63,7 +64,10 @@ def load_text_encoder(
     for part in ("text_encoder", "tokenizer"):
         if not (folder / part).is_dir():
             raise ValueError(f"load_text_encoder: {folder} has no folder {part}/; download the pipeline again")
-    model = getattr(transformers, name).from_pretrained(folder / "text_encoder", dtype=dtype, use_safetensors=True)
+    weights = folder / "text_encoder"
+    model = getattr(transformers, name).from_pretrained(
+        weights, variant=variant_of(weights, "model"), dtype=dtype, use_safetensors=True
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     encoder = FAMILIES[pipeline](model.eval().requires_grad_(False), tokenizer, **settings)
     encoder.model.to(device)

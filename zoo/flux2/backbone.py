@@ -64,16 +64,20 @@ class Flux2Backbone(Backbone):
         tokens = torch.cat([image.flatten(2).transpose(1, 2) for image in images], dim=1)
         length, own = context.features.shape[1], grids[0][0] * grids[0][1]
         lengths = None if context.lengths is None else context.lengths_of_samples()
+        seen = packing.mask(lengths, length, tokens.shape[1], x.device)
+        features = context.features
+        if seen is not None:  # whatever stands in the padding, a NaN too, gets no further than this
+            features = features.masked_fill(~seen[:, 0, 0, :length].unsqueeze(-1), 0)
         table = packing.table(self.model, length, grids, x.device)
         rotary = table if self.fused else packing.stock_table(table)
         out = packing.forward(
             self.model,
             tokens,
             sigma,
-            context.features,
+            features,
             rotary,
             guidance=None if self.embedded_guidance is None else torch.full_like(sigma, self.embedded_guidance),
-            attention_mask=packing.mask(lengths, length, tokens.shape[1], x.device),
+            attention_mask=seen,
             taps=taps,
         )
         if isinstance(out, list):

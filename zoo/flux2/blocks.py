@@ -16,7 +16,7 @@ from diffusers.models.transformers import transformer_flux2 as stock
 from torch import Tensor
 
 from ... import ops
-from ..attention import attend
+from ..attention import attend, call
 
 
 def table(rotary: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -87,14 +87,13 @@ class Flux2ParallelSelfAttnProcessor(stock.Flux2ParallelSelfAttnProcessor):  # t
 
 
 def _attend(attn, *hidden, rotary, kwargs):
-    """The processor itself: the attention module's forward inspects its signature on every call."""
     extra = set(kwargs) - {"attention_mask"}
     if extra:
         raise ValueError(
             f"a fused FLUX.2 block takes attention_mask in joint_attention_kwargs, not {sorted(extra)}: unfuse(model) "
             f"first"
         )
-    return attn.processor(attn, *hidden, attention_mask=kwargs.get("attention_mask"), image_rotary_emb=rotary)
+    return call(attn, *hidden, attention_mask=kwargs.get("attention_mask"), image_rotary_emb=rotary)
 
 
 def _in_range(hidden: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,10 +10,17 @@ from diffusers.models.transformers import transformer_flux2 as stock
 from diffusers.utils import apply_lora_scale
 from torch import Tensor
 
+from ..fuse import fuse
 from . import blocks, packing
 
 
 class Flux2Transformer2DModel(stock.Flux2Transformer2DModel):  # type: ignore[misc]
+    @functools.wraps(stock.Flux2Transformer2DModel.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Of type(model).from_pretrained and from_config; `fuse` calls no __init__. The blocks are to be fused too."""
+        super().__init__(*args, **kwargs)
+        fuse(self)
+
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
         self,

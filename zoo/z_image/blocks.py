@@ -17,7 +17,7 @@ from diffusers.models.transformers import transformer_z_image as stock
 from torch import Tensor
 
 from ... import ops
-from ..attention import attend
+from ..attention import attend, call
 
 
 def _real(freqs: Tensor) -> Tensor:
@@ -69,8 +69,7 @@ class ZImageTransformerBlock(stock.ZImageTransformerBlock):  # type: ignore[misc
         scale_attn, gate_attn, scale_ffn, gate_ffn = self._modulation(adaln_input, noise_mask, adaln_noisy, adaln_clean)
         before, after, eps = self.attention_norm1, self.attention_norm2, self.attention_norm1.eps
         h = ops.norm_modulate(x, before.weight, scale_attn, eps=eps)
-        # The processor itself: Attention.forward inspects its signature on every call.
-        h = self.attention.processor(self.attention, h, attention_mask=attn_mask, freqs_cis=freqs_cis)
+        h = call(self.attention, h, attention_mask=attn_mask, freqs_cis=freqs_cis)
         x, h = ops.gated_residual_norm_modulate(
             x, h, gate_attn, after.weight, self.ffn_norm1.weight, scale_ffn, None, eps=eps
         )

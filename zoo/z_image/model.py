@@ -6,6 +6,7 @@ sequence, around fused blocks.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,10 +16,17 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..fuse import fuse
 from . import packing
 
 
 class ZImageTransformer2DModel(stock.ZImageTransformer2DModel):  # type: ignore[misc]
+    @functools.wraps(stock.ZImageTransformer2DModel.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Of type(model).from_pretrained and from_config; `fuse` calls no __init__. The blocks are to be fused too."""
+        super().__init__(*args, **kwargs)
+        fuse(self)
+
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
         self,

@@ -192,7 +192,9 @@ def _check(model: Any, context: Context, count: int) -> None:
 
 
 def _embed(model: Any, features: Tensor, plan: Captions) -> Tensor:
-    hidden = model.cap_embedder(features)
+    ends = plan.source.amax(1, keepdim=True)
+    beyond = torch.arange(features.shape[1], device=features.device) > ends
+    hidden = model.cap_embedder(features.masked_fill(beyond.unsqueeze(-1), 0))
     source = plan.source.clamp_min(0).unsqueeze(-1).expand(-1, -1, hidden.shape[2])
     pad = model.cap_pad_token.to(hidden.dtype)
     return torch.where((plan.source < 0).unsqueeze(-1), pad, hidden.gather(1, source))

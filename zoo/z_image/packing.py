@@ -5,7 +5,8 @@ batch; captions may differ in length. The sequence is stock's: image tokens padd
 caption padded to a multiple of 32, then, for the shorter captions, rows that attention does not see.
 
 Positions, (1 + i, 0, 0) for caption token i and (padded caption length + 1, h, w) for an image token, depend on shapes
-and lengths alone, which live on the CPU: the tables of a layout are built once and kept.
+and lengths alone, which live on the CPU. What is kept are the tables of one padded length; a batch of several is put
+together from those, since its lengths hardly ever come again, and a table for each of its samples is large.
 """
 
 from __future__ import annotations
@@ -49,24 +50,22 @@ def axis_tables(
     return tuple(torch.view_as_real(table).to(device) for table in tables)
 
 
-@cached_tables(64)
+@cached_tables(16)
 def _layout(
     grid: tuple[int, int, int],
-    padded: tuple[int, ...],
+    padded: int,
     axes_dims: tuple[int, ...],
     axes_lens: tuple[int, ...],
     theta: float,
     device: torch.device,
 ) -> Layout:
-    """The layout for captions of these padded lengths: of each sample, or one for all."""
+    """The layout for captions of this padded length."""
     frames, height, width = grid
-    longest = max(padded)
-    for axis, needed in enumerate((longest + frames + 1, height, width)):
+    for axis, needed in enumerate((padded + frames + 1, height, width)):
         if needed > axes_lens[axis]:
             raise ValueError(
-                f"Z-Image: {needed} positions are needed on axis {axis} (captions of up to {longest} tokens, {height} "
-                f"x {width} "
-                f"image tokens), and this model has {axes_lens[axis]} (axes_lens in its config)"
+                f"Z-Image: {needed} positions are needed on axis {axis} (captions of up to {padded} tokens, {height} "
+                f"x {width} image tokens), and this model has {axes_lens[axis]} (axes_lens in its config)"
             )
     axes = axis_tables(axes_dims, axes_lens, theta, device)
 
@@ -76,44 +75,44 @@ def _layout(
     def rows(*ids: Tensor) -> Tensor:
         return torch.cat([axis[positions] for axis, positions in zip(axes, ids, strict=True)], dim=-2)
 
-    positions = torch.cartesian_prod(count(frames), count(height), count(width)).reshape(-1, 3)
-    zeros = torch.zeros(max(longest, SEQ_MULTI_OF), dtype=torch.int64, device=device)
-    unused = zeros[: round_up(len(positions)) - len(positions)]  # padding of the image stands at (0, 0, 0)
-
-    def image(padded_length: int) -> Tensor:
-        t, h, w = positions.unbind(1)
-        return torch.cat([rows(t + padded_length + 1, h, w), rows(unused, unused, unused)])
-
-    caption = rows(count(longest) + 1, zeros[:longest], zeros[:longest]).unsqueeze(0)
-    different = sorted(set(padded))
-    images = torch.stack([image(length) for length in different])
-    if len(padded) > 1:
-        images = images[torch.tensor([different.index(length) for length in padded], device=device)]
-    caption_mask = joint_mask = None
-    if len(different) > 1:
-        caption_mask = count(longest) < torch.tensor(padded, device=device).unsqueeze(1)
-        joint_mask = torch.cat([caption_mask.new_ones(len(padded), images.shape[1]), caption_mask], dim=1)
+    t, h, w = torch.cartesian_prod(count(frames), count(height), count(width)).reshape(-1, 3).unbind(1)
+    zeros = torch.zeros(max(padded, SEQ_MULTI_OF), dtype=torch.int64, device=device)
+    unused = zeros[: round_up(len(t)) - len(t)]  # padding of the image stands at (0, 0, 0)
+    image = torch.cat([rows(t + padded + 1, h, w), rows(unused, unused, unused)]).unsqueeze(0)
+    caption = rows(count(padded) + 1, zeros[:padded], zeros[:padded]).unsqueeze(0)
     return Layout(
-        image_tokens=len(positions),
-        caption_tokens=longest,
-        image_freqs=images,
+        image_tokens=len(t),
+        caption_tokens=padded,
+        image_freqs=image,
         caption_freqs=caption,
-        joint_freqs=torch.cat([images, caption.expand(len(images), -1, -1, -1)], dim=1),
-        caption_mask=caption_mask,
-        joint_mask=joint_mask,
+        joint_freqs=torch.cat([image, caption], dim=1),
+        caption_mask=None,
+        joint_mask=None,
     )
 
 
 def layout(model: Any, grid: tuple[int, int, int], lengths: Sequence[int], device: torch.device) -> Layout:
-    padded = tuple(round_up(length) for length in lengths)
     config = model.config
-    return _layout(
-        grid,
-        padded[:1] if len(set(padded)) == 1 else padded,
-        tuple(config.axes_dims),
-        tuple(config.axes_lens),
-        float(config.rope_theta),
-        device,
+    axes = tuple(config.axes_dims), tuple(config.axes_lens), float(config.rope_theta)
+    padded = [round_up(length) for length in lengths]
+    different = sorted(set(padded))
+    layouts = [_layout(grid, length, *axes, device) for length in reversed(different)]  # an error is of the longest
+    longest = layouts[0]
+    if len(different) == 1:
+        return longest
+    which = torch.tensor([len(different) - 1 - different.index(length) for length in padded])
+    images = torch.cat([one.image_freqs for one in layouts])[which.to(device, non_blocking=True)]
+    caption_mask = (torch.arange(longest.caption_tokens) < torch.tensor(padded).unsqueeze(1)).to(
+        device, non_blocking=True
+    )
+    return Layout(
+        image_tokens=longest.image_tokens,
+        caption_tokens=longest.caption_tokens,
+        image_freqs=images,
+        caption_freqs=longest.caption_freqs,
+        joint_freqs=torch.cat([images, longest.caption_freqs.expand(len(images), -1, -1, -1)], dim=1),
+        caption_mask=caption_mask,
+        joint_mask=torch.cat([caption_mask.new_ones(len(padded), images.shape[1]), caption_mask], dim=1),
     )
 
 
@@ -149,14 +148,16 @@ def pad_tokens(tokens: Tensor, pad_token: Tensor, at_least: int = 0) -> Tensor:
 def _embed_captions(model: Any, features: Tensor, lengths: Sequence[int], tokens: int) -> Tensor:
     """[B, tokens, D]: captions embedded, with the learned pad token from each one's own end."""
     features = features[:, : min(max(lengths), tokens)]
-    hidden = model.cap_embedder(features)
-    pad = model.cap_pad_token.to(hidden.dtype)
     if len(set(lengths)) == 1:
+        hidden = model.cap_embedder(features)
+        pad = model.cap_pad_token.to(hidden.dtype)
         return torch.cat([hidden, pad.expand(len(hidden), tokens - hidden.shape[1], -1)], dim=1)
+    ends = torch.tensor(lengths).to(features.device, non_blocking=True)
+    beyond = (torch.arange(tokens, device=features.device) >= ends.unsqueeze(1)).unsqueeze(-1)  # [B, tokens, 1]
+    # Whatever stands in the padding, a NaN too, gets no further than this, nor into a gradient.
+    hidden = model.cap_embedder(features.masked_fill(beyond[:, : features.shape[1]], 0))
     hidden = torch.nn.functional.pad(hidden, (0, 0, 0, tokens - hidden.shape[1]))
-    ends = torch.tensor(lengths).to(hidden.device, non_blocking=True)
-    beyond = torch.arange(tokens, device=hidden.device) >= ends.unsqueeze(1)  # [B, tokens]
-    return torch.where(beyond.unsqueeze(-1), pad, hidden)
+    return torch.where(beyond, model.cap_pad_token.to(hidden.dtype), hidden)
 
 
 def forward(
