@@ -10,7 +10,7 @@ the sigma grid of some families.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,7 @@ class Casting:
         student = self._student(networks, size)
         cast = Cast(student, empty=empty)
         if "real_score" in method.roles:
+            self._check_lowest(student.sigmas)
             cast.guidance = self._guidance(empty, "discriminator" in method.roles)
         if "average" in method.roles:
             cast.average = self._average(student)
@@ -104,6 +105,14 @@ class Casting:
         if len(networks) == 2:
             return TwoStepStudent(*networks, sigmas=sigmas)
         return Student(networks, sigmas)
+
+    def _check_lowest(self, sigmas: Sequence[float]) -> None:
+        lowest, last = (self.recipe.guidance or GuidanceConfig()).lowest, min(sigmas[-2], 0.98)
+        if lowest >= last:
+            raise ValueError(
+                f"guidance.lowest is {lowest}, and re-noise levels lie between it and the input of the student's last "
+                f"step, at most .98: expected less than {last:.4g}"
+            )
 
     def _guidance(self, empty: Context | None, adversarial: bool) -> Guidance:
         recipe, settings = self.recipe, self.recipe.guidance or GuidanceConfig()

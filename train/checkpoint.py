@@ -174,6 +174,19 @@ class Store:
             raise CheckpointError(f"{self.folder}: there is no checkpoint here")
         return latest.path
 
+    def set_aside(self, step: int) -> list[Path]:
+        """Damaged checkpoints of later steps get a name that nobody loads: a run goes on from before them."""
+        complete = {saved.path for saved in self.all()}
+        moved = []
+        for path in self._folders():
+            if _step_of(path) > step and path not in complete:
+                aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
+                path.rename(aside)
+                moved.append(aside)
+        if moved:
+            sync_folder(self.folder)
+        return moved
+
     def _read(self, saved: Saved, rank: int, only: Collection[str] | None, device: str) -> Checkpoint:
         prefix = manifest.rank_folder(rank)
         state_file = f"{prefix}{manifest.STATE}"

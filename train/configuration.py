@@ -139,7 +139,9 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, Path):  # what is read again as this very path, and no home
+        return f"./{value}" if str(value).startswith("~") else str(value)
+    return value
 
 
 def dump(config: Any, path: Path) -> None:

@@ -24,6 +24,7 @@ from .cast import DTYPES, Casting
 from .checkpoint import Store
 from .configuration import dump, environment, resolved
 from .data import NoiseStreams, TeacherCache
+from .data.noise import seed_everybody
 from .durable_folder import recover, remove, sole
 from .feed import make_feed
 from .journal import Journal, NullJournal, WandbConfig, read_events, read_metrics
@@ -98,6 +99,7 @@ class Run:
     def of(cls, recipe: Recipe, ranks: Ranks, signals: Signals) -> Run:
         if recipe.compute.threads is not None:
             torch.set_num_threads(recipe.compute.threads)
+        seed_everybody(recipe.seed, ranks.rank)
         dtype = DTYPES[recipe.compute.dtype]
         cache = recipe.data.contexts if isinstance(recipe.data, PromptsData) else None
         parts = Parts(recipe.model, dtype=dtype, device=ranks.device, cache=cache)
@@ -182,6 +184,9 @@ class Run:
         if which is not None:  # from now on this is the last one, and the plain command goes on from it
             if self.ranks.first and (recipe.out / "student").exists():
                 remove(recipe.out / "student")  # of what is not to be
+            aside = self.store.set_aside(self.state.progress.iteration) if self.ranks.first else []
+            for folder in aside:
+                self.journal.event(self.state.progress.iteration, "damaged, and set aside", checkpoint=folder.name)
             self._save()
             self.journal.event(self.state.progress.iteration, "leave out --checkpoint to go on from here")
 

@@ -55,15 +55,16 @@ class Optimizer:
 
     def numbers(self) -> dict[str, Any]:
         plain = {key: value for key, value in self._entries() if not isinstance(value, Tensor)}
-        return {"steps": self.steps, "factor": self.factor, "plain": plain}
+        moved = [name for name, parameter in self.parameters.items() if self._state(parameter)]
+        return {"steps": self.steps, "factor": self.factor, "plain": plain, "moved": moved}
 
     def prepare(self, numbers: Mapping[str, Any]) -> dict[str, Tensor]:
         """Takes the numbers of a checkpoint, makes room for its tensors, and returns them to be filled."""
         self.steps, self.factor = numbers["steps"], numbers["factor"]
         for optimizer, _ in self.parts:
             optimizer.state.clear()
-        if self.steps:
-            self._make_room()
+        if self.steps:  # a step that no update has trained yet has no state: its networks had no gradient
+            self._make_room(numbers.get("moved", list(self.parameters)))
         for key, value in numbers["plain"].items():
             name, _, entry = key.rpartition("/")
             self._state(self.parameters[name])[entry] = value
@@ -90,10 +91,10 @@ class Optimizer:
                 return optimizer.state[parameter]
         return {}
 
-    def _make_room(self) -> None:
+    def _make_room(self, names: Sequence[str]) -> None:
         """A step without gradient and rate: every state exists afterwards, in whatever form the optimizer likes it."""
-        for parameter in self.parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
+        for name in names:
+            self.parameters[name].grad = torch.zeros_like(self.parameters[name])
         kept = {name: p.detach().clone() for name, p in self.parameters.items()}
         for optimizer, _ in self.parts:
             _set_rate(optimizer, 0.0)

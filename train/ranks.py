@@ -121,7 +121,10 @@ def _number(name: str, default: int) -> int:
 def _device(wanted: str | None, local: int) -> torch.device:
     if wanted is None:
         return torch.device(f"cuda:{local}") if torch.cuda.is_available() else torch.device("cpu")
-    device = torch.device(wanted)
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"compute.device is {wanted!r}, expected cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(

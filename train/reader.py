@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -59,7 +60,7 @@ class Reader:
             if member is Path and isinstance(value, (str, Path)):
                 if value == "":
                     return self.report(node.place, path, "given '' (str); accepted: a path that is not empty")
-                return Path(value)
+                return Path(os.path.expanduser(value) if isinstance(value, str) else value)
             if member is float and type(value) is int:
                 return self._float_of_int(value, node, path)
             if member is float and (number := exponent_as_float(value)) is not None:

@@ -15,11 +15,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .methods import MethodConfig, Weights, method_class
 from .suggest import did_you_mean
 from .told import told
+
+
+def _idle(section: Any, names: Iterable[str], idle: bool, reason: str, where: str = "") -> Iterable[str]:
+    """Settings that are given where nothing would read them."""
+    if not idle or section is None:
+        return
+    usual = type(section)()
+    for name in names:
+        if getattr(section, name) != getattr(usual, name):
+            yield f"{where}{name} is {getattr(section, name)!r}, and {reason}: it would change nothing"
+
 
 # Roles
 
@@ -87,6 +98,14 @@ class GuidanceConfig:
     loss: Literal["softplus", "hinge", "bce", "relativistic"] = told("softplus", "of generator and discriminator")
     lowest: float = told(0.02, "least re-noise level")
     r1_noise: float = told(0.1, "how far the approximate R1 moves its input")
+
+    def check(self) -> Iterable[str]:
+        if self.scale < 0:
+            yield f"scale is {self.scale}, expected at least 0; 1 is none"
+        if not 0 <= self.lowest < 1:
+            yield f"lowest is {self.lowest}, expected a level from 0 up to 1"
+        if self.r1_noise <= 0:
+            yield f"r1_noise is {self.r1_noise}, expected a number above 0"
 
 
 # Data
@@ -168,6 +187,11 @@ class OptimizerConfig:
             yield f"warmup is {self.warmup}, expected at least 0"
         if not 0 <= self.last <= 1:
             yield f"last is {self.last}, expected a share from 0 to 1"
+        if self.eps <= 0 or self.weight_decay < 0:
+            yield f"eps is {self.eps} and weight_decay {self.weight_decay}, expected above 0, and at least 0"
+        if self.muon_lr <= 0 or not 0 <= self.muon_momentum < 1:
+            yield f"muon_lr is {self.muon_lr} and muon_momentum {self.muon_momentum}, expected above 0, and 0 up to 1"
+        yield from _idle(self, ("muon_lr", "muon_momentum"), self.kind != "muon", f"kind is '{self.kind}'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +232,8 @@ class ParallelConfig:
 # What is kept, shown, and done in trouble
 
 JUDGED, ALIGNMENT = ("frechet", "diversity", "vendi"), "alignment/"  # what twostep.evaluate gives on-line
+# Of the miniature's detector: MiniatureAlignment's, without its import.
+ALIGNED = ("aligned", "count", "shape", "colour", "size", "cell", "relation", "background", "psnr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,9 +246,10 @@ class CheckpointConfig:
         for name in ("every", "keep_last"):
             if getattr(self, name) < 1:
                 yield f"{name} is {getattr(self, name)}, expected at least 1"
-        if self.keep_best is not None and not (self.keep_best[0] in JUDGED or self.keep_best[0].startswith(ALIGNMENT)):
-            near = did_you_mean(self.keep_best[0], JUDGED)
-            yield f"keep_best names {self.keep_best[0]!r}; {near}accepted: {', '.join(JUDGED)} and {ALIGNMENT}..."
+        known = (*JUDGED, *(f"{ALIGNMENT}{name}" for name in ALIGNED))
+        if self.keep_best is not None and self.keep_best[0] not in known:
+            near = did_you_mean(self.keep_best[0], known)
+            yield f"keep_best names {self.keep_best[0]!r}; {near}accepted: {', '.join(known)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +339,8 @@ class Recipe:
         yield from self._check_roles()
         yield from self._check_data()
         best, evaluate = self.checkpoints.keep_best, self.watch.evaluate
+        if best is not None and evaluate is not None:
+            yield from self._check_best(best[0], evaluate)
         if best is not None and evaluate is None:
             yield "checkpoints.keep_best is given, and watch.evaluate, which would measure it, is not"
         elif best is not None and evaluate is not None and self.checkpoints.every % evaluate.every:
@@ -319,6 +348,16 @@ class Recipe:
                 f"checkpoints.every is {self.checkpoints.every}, and with keep_best it must be a multiple of "
                 f"watch.evaluate.every, {evaluate.every}: a checkpoint is judged by an evaluation of its own"
             )
+
+    def _check_best(self, metric: str, evaluate: EvaluateConfig) -> Iterable[str]:
+        """That it will be measured."""
+        named = f"checkpoints.keep_best is by {metric}, and"
+        without = isinstance(self.data, PromptsData) and self.data.teacher is None
+        if metric == "frechet" and (evaluate.reference == 0 or without):
+            which = "data.teacher is null" if without else "watch.evaluate.reference is 0"
+            yield f"{named} {which}: without real images there is no Frechet distance"
+        if metric.startswith(ALIGNMENT) and evaluate.features is not None:
+            yield f"{named} watch.evaluate.features is given: what captions say is the miniature's detector's to judge"
 
     def _check_roles(self) -> Iterable[str]:
         kind, method, student = self.method.kind, method_class(self.method), self.roles.student
@@ -329,6 +368,16 @@ class Recipe:
             yield f"guidance is given, and {kind} has no real score to guide"
         if self.optimizers.guidance is not None and "fake_score" not in method.roles:
             yield f"optimizers.guidance is given, and {kind} has no guidance update"
+        if self.guidance is not None:
+            adversarial = "discriminator" in method.roles
+            reason = f"{kind} has no discriminator"
+            yield from _idle(self.guidance, ("loss", "r1_noise"), not adversarial, reason, "guidance.")
+            weights = ("generator_gan", "discriminator", "r1")
+            yield from _idle(self.guidance.weights, weights, not adversarial, reason, "guidance.weights.")
+        for name in ("student", "fake_score"):
+            role = getattr(self.roles, name)
+            full = role is not None and (role.weights or student.weights) == "full"
+            yield from _idle(role, ("rank", "alpha"), full, "its weights are 'full'", f"roles.{name}.")
         least, most = method.steps
         if student.steps < least or (most is not None and student.steps > most):
             yield f"roles.student.steps is {student.steps}, and {kind} trains {least if most else f'{least} or more'}"

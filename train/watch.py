@@ -37,6 +37,8 @@ class Watch:
         self.recipe, self.ranks, self.method, self.parts, self.feed = recipe, ranks, method, parts, feed
         self.drift = Drift()
         self._metrics: Any = None
+        if recipe.watch.evaluate is not None and recipe.watch.evaluate.features is None:
+            self._check_miniature(recipe.watch.evaluate)
 
     def state_dict(self) -> dict[str, Any]:
         return {"drift": self.drift.state_dict()}
@@ -50,6 +52,28 @@ class Watch:
     def evaluates(self, iteration: int) -> bool:
         config = self.recipe.watch.evaluate
         return config is not None and iteration % config.every == 0
+
+    def _check_miniature(self, config: EvaluateConfig) -> None:
+        """The detector knows the miniature's images, and judges its captions: said before anything is trained."""
+        from ..zoo.miniature import claims_of
+        from ..zoo.miniature.shapes import SIDE
+
+        give = "give watch.evaluate.features a folder of DINO or CLIP for transformers, or set watch.evaluate to null"
+        factor = self.parts.latent_space.factor
+        size = tuple(factor * n for n in self._shape()[1:])
+        if size != (SIDE, SIDE):
+            raise ValueError(
+                f"watch.evaluate.features is null, which is the miniature's detector for {SIDE} x {SIDE} pixels, and "
+                f"these images have {size[0]} x {size[1]}: {give}"
+            )
+        for caption in self.feed.captions_for_samples(config.prompts):
+            try:
+                claims_of([caption])
+            except ValueError:
+                raise ValueError(
+                    f"watch.evaluate.features is null, the miniature's detector, and {caption!r} is no caption of the "
+                    f"miniature's: {give}"
+                ) from None
 
     def _shows(self, iteration: int) -> bool:
         every = self.recipe.watch.samples_every
@@ -69,7 +93,7 @@ class Watch:
                     if self.evaluates(iteration):
                         assert self.recipe.watch.evaluate is not None
                         found = self._evaluate(iteration, self.recipe.watch.evaluate, journal)
-            except OutOfMemory as error:  # a run that trains is not ended by being looked at
+            except (OutOfMemory, ValueError) as error:  # a run that trains is not ended by being looked at
                 journal.event(iteration, f"no samples: {error}")
         self.ranks.barrier("to have sampled")
         return found

@@ -2,8 +2,10 @@
 
 Every rank beats: it counts, and says what it is about to do. A thread on each rank looks at its own rank's last beat;
 when that is older than the time-out, it reads the others' from the group's store. Ranks that wait in a collective have
-said so and have counted further than the one that they wait for, which is thereby known. A thread, because a
-collective that hangs does not return to Python; and the process ends there, since nothing can be saved in it.
+said so and have counted further than the one that they wait for, which is thereby known. Where all have counted alike
+(FSDP waits inside the networks), a rank whose thread gives no sign of life either is the one: its process was stopped.
+A thread, because a collective that hangs does not return to Python; and the process ends there, since nothing can be
+saved in it.
 """
 
 from __future__ import annotations
@@ -47,7 +49,11 @@ class Watchdog:
         store = self._store.clone() if self.world_size > 1 else None  # a client of its own: the main one may be busy
         pause = min(5.0, self.timeout / 10)
         woke = looked = time.monotonic()
+        looks = 0
         while not self._stop.wait(pause):
+            looks += 1
+            if store is not None:
+                store.set(f"alive/{self.rank}", str(looks))
             count, doing, since, patience = self._mine
             now = time.monotonic()
             if now - looked > 3 * pause:  # this thread was not run either: the process was suspended, and goes on
@@ -58,11 +64,22 @@ class Watchdog:
                 continue
             others = {} if store is None else _beats(store, self.world_size)
             others[self.rank] = (count, doing)
-            print(self._verdict(others, still), file=sys.stderr, flush=True)
+            alike = len(others) == self.world_size and len({counted for counted, _ in others.values()}) == 1
+            stopped = [] if store is None or not alike else self._without_life(store, 3 * pause)
+            print(self._verdict(others, still, stopped), file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             os._exit(HANGS)
 
-    def _verdict(self, beats: dict[int, tuple[int, str]], still: float) -> str:
+    def _without_life(self, store: Any, wait: float) -> list[int]:
+        """The ranks whose watchdogs do not run: nobody who runs takes longer than a pause to look again."""
+        before = _signs(store, self.world_size)
+        for _ in range(3):  # others that wait as this one does are to see that it lives
+            time.sleep(wait / 3)
+            store.set(f"alive/{self.rank}", f"{time.monotonic()}")
+        after = _signs(store, self.world_size)
+        return [rank for rank in range(self.world_size) if rank != self.rank and before[rank] == after[rank]]
+
+    def _verdict(self, beats: dict[int, tuple[int, str]], still: float, stopped: list[int]) -> str:
         head = f"twostep train: rank {self.rank} has not moved for {still:.0f} s ({beats[self.rank][1]})"
         advice = (
             "the last checkpoint is whole: the same command goes on from it; parallel.timeout sets how long to wait"
@@ -74,6 +91,11 @@ class Watchdog:
             return f"{head}: {_named(silent)} never said anything; {advice}"
         least = min(count for count, _ in beats.values())
         behind = [rank for rank, (count, _) in sorted(beats.items()) if count == least]
+        if stopped:
+            return (
+                f"{head}: {_named(stopped)} gives no sign of life, and the others wait for it: its process was "
+                f"stopped, or its machine is lost; {advice}"
+            )
         if len(behind) == self.world_size:
             return f"{head}; all ranks stand at the same place, and each prints its stack; {advice}"
         return f"{head}: {_named(behind)} hangs ({beats[behind[0]][1]}), and the others wait for it; {advice}"
@@ -88,6 +110,11 @@ def _beats(store: Any, world_size: int) -> dict[int, tuple[int, str]]:
             count, doing = json.loads(store.get(key))
             found[rank] = (count, doing)
     return found
+
+
+def _signs(store: Any, world_size: int) -> list[Any]:
+    keys = [f"alive/{rank}" for rank in range(world_size)]
+    return [store.get(key) if store.check([key]) else None for key in keys]
 
 
 def _named(ranks: list[int]) -> str:

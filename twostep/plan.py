@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--pixels-per-latent", type=int, help="default: 8 for Z-Image, 16 for FLUX.2")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--caption", type=int, help="tokens of a caption (default: 512, or what the model has room for)")
+    parser.add_argument("--caption", type=int, help="tokens of a caption (default: 512, or what there is room for)")
     parser.add_argument("--arrangement", choices=["networks", "one base", "both"], default="both")
     parser.add_argument("--rank", type=int, default=64, help="of the adapters on one base")
     parser.add_argument("--mode", choices=["recompute", "retain", "plain"], default="recompute")
@@ -147,7 +147,8 @@ def _config(model: str, known: tuple[str, ...]) -> dict[str, Any]:
             if "_class_name" in config:
                 return config
     raise ValueError(
-        f"{model!r} is neither one of {', '.join(known)}, miniature nor a folder with a diffusers transformer's config.json"
+        f"{model!r} is neither one of {', '.join(known)}, miniature nor a folder with a diffusers transformer's "
+        f"config.json"
     )
 
 

@@ -78,7 +78,7 @@ def check_row(path: Path, entry: dict[str, Any], row: int, found: tuple[Tensor, 
 def _checksum(row: tuple[Tensor, ...]) -> int:
     total = 0
     for tensor in row:
-        total = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), total)
+        total = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, total)
     return total
 
 

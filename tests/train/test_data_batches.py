@@ -98,6 +98,19 @@ def test_a_pool_of_shapes_comes_again_in_the_same_batches() -> None:
     seen = [[next(stream).indices.tolist() for _ in range(5)] for stream in ranks]
     assert seen == [[[0, 1], [4, 5]] * 2 + [[0, 1]], [[2, 3], [6, 7]] * 2 + [[2, 3]]]
     assert ranks[1].next == 6 == ranks[1].skip() and next(ranks[1]).indices.tolist() == [2, 3]
-    for pool in (0, 6):
-        with pytest.raises(ValueError, match=f"the pool is {pool} samples, expected a multiple of 4: all ranks'"):
+    for pool in (0, 7):
+        with pytest.raises(ValueError, match=f"the pool is {pool} samples, expected a multiple of a batch, 2"):
             ShapesBatches(2, world_size=2, pool=pool)
+
+
+@pytest.mark.parametrize(("batch", "ranks"), [(2, 2), (2, 3), (4, 1), (4, 2)])
+def test_a_pool_stays_the_same_with_other_ranks_and_batches(batch: int, ranks: int) -> None:
+    one = ShapesBatches(2, seed=4, pool=16)
+    for _ in range(3):
+        next(one)
+    streams = [ShapesBatches(batch, seed=4, rank=rank, world_size=ranks, pool=16) for rank in range(ranks)]
+    for stream in streams:
+        stream.load_state_dict(one.state_dict())
+    seen = [tuple(next(stream).indices.tolist()) for _ in range(16) for stream in streams]
+    assert seen[0] == tuple(range(-(-6 // batch) * batch % 16, -(-6 // batch) * batch % 16 + batch))
+    assert set(seen) == {tuple(range(start, start + batch)) for start in range(0, 16, batch)}

@@ -93,7 +93,7 @@ def test_names_the_line_that_is_wrong(tmp_path: Path) -> None:
     missing = failing("a.jsonl", b'{"prompt": "a"}\n\n{"text": "a", "id": 1}')
     assert "line 3 has no 'prompt'; there are 'text', 'id'" in missing
     unnamed = failing("a.jsonl", b'{"words": "a"}')
-    assert "line 1 has no 'prompt' or 'caption' or 'text'; there are 'words': name one with column=..." in unnamed
+    assert "line 1 has no 'prompt' or 'caption' or 'text'; there are 'words': name one (data.column" in unnamed
     assert "has no 'b'; there are 'prompt'" in failing("a.jsonl", b'{"prompt": "a"}', column="b")
     for empty in ("e.txt", "e.jsonl"):
         assert "has no prompts in it" in failing(empty, b"\n  \n")

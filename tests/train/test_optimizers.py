@@ -66,6 +66,24 @@ def test_state_brought_back_goes_on_in_the_same_bits(kind: str) -> None:
     assert all(torch.equal(again.parameters[n], p) for n, p in whole.parameters.items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_has_not_been_trained_yet_has_no_state_and_comes_back_without(kind: str) -> None:
+    """A step that no update has drawn: its networks had no gradient."""
+    needs(kind)
+    config = OptimizerConfig(kind=kind, lr=1e-2)  # type: ignore[arg-type]
+    whole = Optimizer(network(), config, total=10)
+    idle = next(iter(whole.parameters))
+    for name, parameter in whole.parameters.items():
+        parameter.grad = None if name == idle else torch.ones_like(parameter)
+    whole.step()
+    whole.zero_grad()
+    again = Optimizer(network(), config, total=10)
+    assert again.prepare(whole.numbers()).keys() == whole.tensors().keys()
+    assert not any(name.startswith(f"{idle}/") for name in again.tensors())
+    old = {key: value for key, value in whole.numbers().items() if key != "moved"}  # of an earlier version: all have
+    assert any(name.startswith(f"{idle}/") for name in Optimizer(network(), config, total=10).prepare(old))
+
+
 def test_adamw_is_torchs() -> None:
     config = OptimizerConfig(lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1)
     mine, theirs = Optimizer(network(), config, total=5), network()

@@ -12,7 +12,7 @@ import yaml
 from twostep.cli import main
 from twostep.train.command import RECIPES, read_recipe
 from twostep.train.configuration import ConfigurationError, dump, load, resolved
-from twostep.train.recipe import Recipe
+from twostep.train.recipe import PromptsData, Recipe
 
 from . import tiny_runs
 from .run_server import Server
@@ -97,6 +97,23 @@ def test_trains(name: str, server: Server, places: dict[str, tiny_runs.Place], t
         (["watch.evaluate.every=0"], "every is 0"),
         (["watch.evaluate.prompts=1", "watch.evaluate.seeds=1"], "at least 2 images"),
         (["checkpoints.keep_best=[frechett, min]", "watch.evaluate={}"], "did you mean 'frechet'?"),
+        (["checkpoints.keep_best=[alignment/colours, max]", "watch.evaluate={}"], "did you mean 'alignment/colour'?"),
+        (
+            ["checkpoints.keep_best=[frechet, min]", "watch.evaluate={reference: 0}"],
+            "watch.evaluate.reference is 0: without real images there is no Frechet distance",
+        ),
+        (
+            ["checkpoints.keep_best=[alignment/aligned, max]", "watch.evaluate={features: dino}"],
+            "what captions say is the miniature's detector's to judge",
+        ),
+        (["roles.student.rank=8"], "roles.student.rank is 8, and its weights are 'full'"),
+        (["roles.fake_score.alpha=8"], "roles.fake_score.alpha is 8.0, and its weights are 'full'"),
+        (["optimizers.generator.muon_lr=1"], "muon_lr is 1.0, and kind is 'adamw': it would change nothing"),
+        (["optimizers.generator.eps=0"], "eps is 0.0"),
+        (["optimizers.generator.kind=muon", "optimizers.generator.muon_momentum=1"], "muon_momentum 1.0"),
+        (["guidance.lowest=1"], "lowest is 1.0, expected a level from 0 up to 1"),
+        (["guidance.weights.dmd=-1"], "dmd is -1.0, expected at least 0"),
+        (["guidance.r1_noise=0"], "r1_noise is 0.0"),
     ],
 )
 def test_contradictions_are_errors_that_name_both_sides(
@@ -104,6 +121,45 @@ def test_contradictions_are_errors_that_name_both_sides(
 ) -> None:
     assert main(["train", "z-image-turbo-pp", *changes]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["guidance.loss=hinge"], "guidance.loss is 'hinge', and dp_dmd has no discriminator"),
+        (
+            ["guidance.weights.generator_gan=5"],
+            "weights.generator_gan is 5.0, and dp_dmd has no discriminator",
+        ),
+        (
+            ["checkpoints.keep_best=[frechet, min]", "watch.evaluate={}", "data.teacher=null", "data.contexts=null"],
+            "data.teacher is null: without real images there is no Frechet distance",
+        ),
+    ],
+)
+def test_what_a_method_would_not_read(changes: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "z-image-dp-dmd", *changes]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_levels_that_leave_no_room_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "miniature-dp-dmd", "--dry-run", "guidance.lowest=0.9"]) == 2
+    said = capsys.readouterr().err
+    assert "guidance.lowest is 0.9, and re-noise levels lie between it and the input" in said
+    assert "expected less than 0.75" in said
+
+
+def test_a_device_that_there_is_not(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["train", "miniature-dp-dmd", "compute.device=xyz", f"out={tmp_path}"]) == 2
+    assert "compute.device is 'xyz', expected cpu, cuda or cuda:N" in capsys.readouterr().err
+
+
+def test_homes_are_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = read_recipe("miniature-turbo-pp", ["out=~/run", "data.contexts=~/c", "data.prompts=~/p.txt"])
+    assert recipe.out == tmp_path / "run"
+    assert isinstance(recipe.data, PromptsData)
+    assert recipe.data.contexts == tmp_path / "c" and recipe.data.prompts == tmp_path / "p.txt"
 
 
 def test_a_method_refuses_roles_that_it_has_not() -> None:

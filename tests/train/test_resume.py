@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -198,9 +197,37 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(
     file.write_bytes(content)
     statuses, printed = server.run({**ask, "iterations": 4})
     assert statuses == [2] and "damaged" in printed and "the last good checkpoint is" in printed
-    # What the message offers is what --checkpoint takes.
     good = store.all()[-2]
-    shutil.rmtree(last.path)
-    assert server.run({**ask, "iterations": 4})[0] == [0]
-    resumed = [event for event in read_events(tmp_path / "run") if event["event"] == "resumed"]
-    assert json.dumps(resumed[-1]["facts"]) == json.dumps({"checkpoint": good.path.name})
+    # What the message offers is what --checkpoint takes; what is damaged, in whatever way, is out of the way then.
+    (last.path / "manifest.json").write_text("{")
+    long = {**ask, "iterations": 5, "checkpoints": {"every": 1000, "keep_last": 2}}
+    statuses, printed = server.run(long, call="tests.train.test_resume:killed_after_its_first_save")
+    assert statuses == [KILLED], printed
+    assert len(list((tmp_path / "run" / "checkpoints").glob(f"damaged-{last.path.name}-*"))) == 1
+    assert server.run(long)[0] == [0]
+    events = read_events(tmp_path / "run")
+    resumed = [event for event in events if event["event"] == "resumed"]
+    assert [event["facts"]["checkpoint"] for event in resumed] == [good.path.name] * 2
+    assert sum(event["event"] == "damaged, and set aside" for event in events) == 1
+
+
+def killed_after_its_first_save(recipe: dict[str, Any]) -> int:
+    """--checkpoint 2, and SIGKILL in the iteration after it."""
+
+    def run(self: Any, *_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Updater.run = run  # type: ignore[method-assign]
+    return run_server.train(recipe, "--checkpoint", "2")
+
+
+def test_steps_that_were_never_drawn_come_back(server: Server, place: tiny_runs.Place, tmp_path: Path) -> None:
+    """decoupled_dmd draws the step that it trains: with parameters for each, some have no optimizer state yet."""
+    student = {"student": {"steps": 4, "per_step": True}}
+    whole = tiny_runs.recipe(place, "decoupled_dmd", "full", tmp_path / "true", roles=student)
+    assert server.run(whole)[0] == [0]
+    for iterations in (1, 4):
+        part = {**whole, "out": str(tmp_path / "found"), "iterations": iterations}
+        statuses, printed = server.run(part)
+        assert statuses == [0], printed
+    check_same(tmp_path / "found", tmp_path / "true")

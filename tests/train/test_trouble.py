@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -279,6 +280,61 @@ def test_a_rank_that_hangs_is_named(server: Server, place: tiny_runs.Place, tmp_
     assert HANGS in statuses, printed
     assert f"rank {rank} hangs (a generator update of iteration 3), and the others wait for it" in printed
     assert "time.sleep" in printed or "in wrap" in printed, "the stack says where"
+
+
+def is_stopped(recipe: dict[str, Any]) -> int:
+    """One rank's process is suspended, as a debugger, a job scheduler or a lost machine would have it."""
+
+    def wrap(original: Any, call: int, self: Any, *arguments: Any) -> Any:
+        if call == 2 and os.environ["RANK"] == recipe_rank:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return original(self, *arguments)
+
+    recipe_rank = str(recipe.pop("fault"))
+    return _run_with(recipe, wrap)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_rank_that_was_stopped_is_named(server: Server, place: tiny_runs.Place, tmp_path: Path, kind: str) -> None:
+    """Under FSDP the others wait inside the networks, and have counted no further than it."""
+    recipe = ask(place, tmp_path, fault=1, parallel={"kind": kind, "timeout": 3.0})
+    statuses, printed = server.run(recipe, ranks=2, call="tests.train.test_trouble:is_stopped", limit=40)
+    assert statuses[0] == HANGS, printed
+    named = ("rank 1 gives no sign of life", "rank 1 hangs")
+    assert any(f"{word}" in printed for word in named), printed
+
+
+def test_an_evaluation_that_cannot_be_is_refused_before_anything_is_trained(
+    server: Server, place: tiny_runs.Place, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a photo of a cat\na dog on a beach\n")
+    watch = {
+        "every": 1,
+        "samples_every": None,
+        "tensorboard": False,
+        "evaluate": {"every": 1, "prompts": 2, "seeds": 2},
+    }
+    data = {"kind": "prompts", "prompts": str(tmp_path / "prompts.txt"), "contexts": None, "teacher": None}
+    recipe = tiny_runs.recipe(place, "dp_dmd", "full", tmp_path / "run", watch=watch, data=data)
+    statuses, printed = server.run(recipe)
+    assert statuses == [2] and not (tmp_path / "run" / "metrics.jsonl").exists(), printed
+    assert "watch.evaluate.features is null, the miniature's detector, and 'a photo of a cat' is no caption" in printed
+
+
+def evaluation_fails(recipe: dict[str, Any]) -> int:
+    def _evaluate(self: Any, *_: Any) -> Any:
+        raise ValueError("a covariance takes at least 2 images")
+
+    Watch._evaluate = _evaluate  # type: ignore[method-assign]
+    return run_server.train(recipe)
+
+
+def test_an_evaluation_that_fails_ends_no_run(server: Server, place: tiny_runs.Place, tmp_path: Path) -> None:
+    watch = {"every": 1, "samples_every": None, "tensorboard": False, "evaluate": {"every": 1, "prompts": 2}}
+    recipe = ask(place, tmp_path, watch=watch, iterations=2)
+    statuses, printed = server.run(recipe, call="tests.train.test_trouble:evaluation_fails")
+    assert statuses == [0], printed
+    assert len(events(tmp_path, "no samples: a covariance takes at least 2 images")) == 2
 
 
 def test_a_single_process_that_hangs_ends_too(server: Server, place: tiny_runs.Place, tmp_path: Path) -> None:

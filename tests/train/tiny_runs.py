@@ -51,7 +51,7 @@ def recipe(place: Place, method: str, weights: str, out: Path, **changes: Any) -
         "d_opsd": images,
         "flow_matching": images,
     }[method]
-    student: dict[str, Any] = {"weights": weights, "rank": 2}
+    student: dict[str, Any] = {"weights": weights, **({"rank": 2} if weights == "lora" else {})}
     student |= {
         "turbo_pp": {},
         "dp_dmd": {},

@@ -78,18 +78,16 @@ class ShapesBatches:
     """Batches of the miniature's stream; a step takes the next batch * world_size samples, rank r the r-th part.
 
     Args:
-        pool: after so many samples the stream begins again, in the very same batches; None: never.
+        pool: after so many samples the stream begins again, in the very same batches; None: never. A run that goes on
+            with another batch begins at the next whole one.
     """
 
     def __init__(
         self, batch: int, *, seed: int = 0, rank: int = 0, world_size: int = 1, pool: int | None = None
     ) -> None:
         check_ranks("ShapesBatches", rank, world_size, batch=batch)
-        if pool is not None and (pool < 1 or pool % (batch * world_size)):
-            raise ValueError(
-                f"ShapesBatches: the pool is {pool} samples, expected a multiple of {batch * world_size}: all ranks' "
-                f"samples of a step ({batch} on {world_size})"
-            )
+        if pool is not None and (pool < 1 or pool % batch):
+            raise ValueError(f"ShapesBatches: the pool is {pool} samples, expected a multiple of a batch, {batch}")
         self.batch, self.seed, self.rank, self.world_size, self.pool = batch, seed, rank, world_size, pool
         self.position = 0  # samples that all ranks have taken
 
@@ -104,8 +102,8 @@ class ShapesBatches:
     @property
     def next(self) -> int:
         """The first sample of the next batch."""
-        begun = self.position if self.pool is None else self.position % self.pool
-        return begun + self.rank * self.batch
+        start = self.position + self.rank * self.batch
+        return start if self.pool is None else start % self.pool
 
     def skip(self) -> int:
         """Goes past the next batch without drawing it, and says which was its first sample."""
@@ -118,3 +116,5 @@ class ShapesBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = check_state("ShapesBatches", state, {"seed": self.seed})
+        if self.pool is not None:
+            self.position = -(-self.position // self.batch) * self.batch

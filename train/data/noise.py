@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +45,14 @@ def draw_noise(
 ) -> Tensor:
     """Normal noise from a generator, where and as it is wanted."""
     return torch.randn(*shape, generator=generator, device=generator.device).to(device, dtype)
+
+
+def seed_everybody(seed: int, rank: int = 0) -> None:
+    """The generators that belong to nobody as well: dropout inside a network draws from torch's own."""
+    number = int(torch.randint(2**62, (), generator=noise_generator(seed, "everybody", rank)))
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)  # noqa: NPY002 - libraries draw from it whether we like it or not
+    random.seed(number)
 
 
 class NoiseStreams:

@@ -236,9 +236,9 @@ class TeacherCache:
                 raise ValueError(f"{WHERE}: {path} is a shard of another cache; write this one anew with resume=False")
             self._files[shard] = file
         row = index - self._first[shard]
-        found = {name: self._files[shard].get_slice(name)[row] for name in names}
-        check_row(self.folder / self._shards[shard]["file"], self._shards[shard], row, tuple(found.values()), PAIRS)
-        return found
+        tensors = {name: self._files[shard].get_slice(name)[row] for name in names}
+        check_row(self.folder / self._shards[shard]["file"], self._shards[shard], row, tuple(tensors.values()), PAIRS)
+        return tensors
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}  # an open file stays with its process

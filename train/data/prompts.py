@@ -141,8 +141,8 @@ def _column(where: str, there: list[str], column: str | None) -> str:
             return name
     wanted = " or ".join(map(repr, names))
     raise ValueError(
-        f"prompts: {where} has no {wanted}; there are {', '.join(map(repr, there)) or 'no columns'}: name one with "
-        f"column=..."
+        f"prompts: {where} has no {wanted}; there are {', '.join(map(repr, there)) or 'no columns'}: name one "
+        f"(data.column in a recipe, --column of twostep cache)"
     )
 
 

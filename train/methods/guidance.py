@@ -32,6 +32,11 @@ class Weights:
     discriminator: float = told(1e-3, "the discriminator's loss")
     r1: float = told(0.0, "approximate R1 of the discriminator (ours: off)")
 
+    def check(self) -> Iterable[str]:
+        for name, value in vars(self).items():
+            if value < 0:
+                yield f"{name} is {value}, expected at least 0"
+
 
 @contextlib.contextmanager
 def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:

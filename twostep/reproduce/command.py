@@ -7,8 +7,8 @@
     FOLDER/results.json                     every number, the command, and the time it took
     FOLDER/report/                          page and picture of the first seed
 
-With --arms only those arms, over more seeds as a rule: their runs stand beside the others', and what is written is called
-table-ARM-ARM.md and so on; the page is of all arms, and is not written.
+With --arms only those arms, over more seeds as a rule: their runs stand beside the others', and what is written is
+called table-ARM-ARM.md and so on; the page is of all arms, and is not written.
 
 Everything is kept as it is made: whatever ends it, the same command goes on.
 """

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .klein import KleinTextEncoder
 from ..variant import variant_of
+from .klein import KleinTextEncoder
 from .protocol import TextEncoder
 from .zimage import ZImageOmniTextEncoder, ZImageTextEncoder
 

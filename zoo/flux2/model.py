@@ -15,7 +15,7 @@ from . import blocks, packing
 
 
 class Flux2Transformer2DModel(stock.Flux2Transformer2DModel):  # type: ignore[misc]
-    @functools.wraps(stock.Flux2Transformer2DModel.__init__)
+    @functools.wraps(stock.Flux2Transformer2DModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Of type(model).from_pretrained and from_config; `fuse` calls no __init__. The blocks are to be fused too."""
         super().__init__(*args, **kwargs)
