@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 HANGS = 70  # the exit status; EX_SOFTWARE of sysexits.h
@@ -79,7 +80,7 @@ class Watchdog:
         after = _signs(store, self.world_size)
         return [rank for rank in range(self.world_size) if rank != self.rank and before[rank] == after[rank]]
 
-    def _verdict(self, beats: dict[int, tuple[int, str]], still: float, stopped: list[int]) -> str:
+    def _verdict(self, beats: dict[int, tuple[int, str]], still: float, stopped: Sequence[int] = ()) -> str:
         head = f"twostep train: rank {self.rank} has not moved for {still:.0f} s ({beats[self.rank][1]})"
         advice = (
             "the last checkpoint is whole: the same command goes on from it; parallel.timeout sets how long to wait"
@@ -117,5 +118,5 @@ def _signs(store: Any, world_size: int) -> list[Any]:
     return [store.get(key) if store.check([key]) else None for key in keys]
 
 
-def _named(ranks: list[int]) -> str:
+def _named(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

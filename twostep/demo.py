@@ -162,12 +162,13 @@ def _compare(args: argparse.Namespace, out: Path) -> Any:
 
     from .evaluate.command import Settings, study
     from .evaluate.subjects import Subject
+    from .zoo.miniature import BASE_AT_ITS_BEST
 
     def teacher(name: str, **settings: Any) -> Subject:
         return Subject(name, args.model, settings)
 
     subjects = [
-        teacher("base at 28, guidance 2", steps=28, guidance=2.0, subfolder="base"),
+        teacher("base at 28", **BASE_AT_ITS_BEST),
         teacher("teacher at 8", steps=8),
         teacher("teacher at 2", steps=2),
         Subject("student at 2", str(out / "run")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -10,8 +11,8 @@ from twostep.train import watchdog
 from twostep.train.watchdog import HANGS, Watchdog
 
 
-def verdict(beats: dict[int, tuple[int, str]], world_size: int = 3) -> str:
-    return Watchdog(0, world_size, 10.0)._verdict(beats, 12.0)
+def verdict(beats: dict[int, tuple[int, str]], world_size: int = 3, stopped: Sequence[int] = ()) -> str:
+    return Watchdog(0, world_size, 10.0)._verdict(beats, 12.0, stopped)
 
 
 def test_names_the_rank_that_the_others_wait_for() -> None:
@@ -28,6 +29,11 @@ def test_names_several() -> None:
 def test_accuses_nobody_where_all_stand_alike() -> None:
     said = verdict(dict.fromkeys(range(3), (7, "an update")))
     assert "all ranks stand at the same place" in said and "hangs" not in said
+
+
+def test_names_the_one_without_a_sign_of_life() -> None:
+    said = verdict(dict.fromkeys(range(3), (7, "an update")), stopped=[2])
+    assert "rank 2 gives no sign of life, and the others wait for it" in said and "same place" not in said
 
 
 def test_names_a_rank_that_never_came() -> None:
