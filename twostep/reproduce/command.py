@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         if args.seeds < 1 or (args.iterations or 1) < 1:
             raise ValueError(f"--seeds is {args.seeds} and --iterations {args.iterations}, expected at least 1")
         if args.arms:
-            experiment = _only(experiment, args.arms)
+            experiment = only(experiment, args.arms)
         args.out.mkdir(parents=True, exist_ok=True)
         if status := _prepare(experiment, args):
             return status
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _only(experiment: Experiment, names: Sequence[str]) -> Experiment:
+def only(experiment: Experiment, names: Sequence[str]) -> Experiment:
     """The experiment of some arms, of those that they begin from, and of the claims about them."""
     known = {arm.name: arm for arm in experiment.arms}
     for name in names:
