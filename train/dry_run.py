@@ -19,6 +19,7 @@ from .methods import method_class
 from .parts import Parts
 from .recipe import ImagesData, PromptsData, Recipe
 from .rehearsal import Rehearsal, rehearse
+from .watch import check_evaluation
 
 CAPTION = 512  # tokens, to which the pipelines of both families cut a caption
 
@@ -53,6 +54,7 @@ def describe_run(recipe: Recipe) -> str:
     )
     try:
         shape = _square(recipe, parts, network.latent_factor) if feed.shape is None else feed.shape
+        check_evaluation(recipe, parts, feed, shape)
         caption = MAX_CAPTION_TOKENS if recipe.model == MINIATURE else _caption(network)
         print("running an update of each kind on tensors without data ...", file=sys.stderr, flush=True)
         rehearsal = rehearse(recipe, parts.path, shape, world_size, caption)

@@ -27,6 +27,27 @@ AT_ONCE = 16  # images of a forward
 LARGE = 1 << 14  # numbers of a latent above which images are decoded one by one: an autoencoder needs GiB for each
 
 
+def check_evaluation(recipe: Recipe, parts: Parts, feed: Feed, shape: Sequence[int] | None) -> None:
+    """ValueError where the miniature's detector is to look at what it does not know: images of latents of another
+    shape than its own, or captions that it cannot read. Said before anything is trained."""
+    from ..zoo.miniature import claims_of
+    from ..zoo.miniature.shapes import SIDE
+
+    config = recipe.watch.evaluate
+    if config is None or config.features is not None or shape is None:
+        return
+    head = "watch.evaluate.features is null, which is the miniature's detector"
+    give = "give it a folder of DINO or CLIP for transformers, or set watch.evaluate to null"
+    size = tuple(parts.latent_space.factor * side for side in shape[1:])
+    if size != (SIDE, SIDE):
+        raise ValueError(f"{head} for {SIDE} x {SIDE} pixels, and these images have {size[0]} x {size[1]}: {give}")
+    for caption in feed.captions_for_samples(config.prompts):
+        try:
+            claims_of([caption])
+        except ValueError:
+            raise ValueError(f"{head}, and {caption!r} is no caption of the miniature's: {give}") from None
+
+
 class Watch:
     """Samples are the same captions from the same noise every time, so that sheets can be laid beside each other.
 
@@ -37,8 +58,7 @@ class Watch:
         self.recipe, self.ranks, self.method, self.parts, self.feed = recipe, ranks, method, parts, feed
         self.drift = Drift()
         self._metrics: Any = None
-        if recipe.watch.evaluate is not None and recipe.watch.evaluate.features is None:
-            self._check_miniature(recipe.watch.evaluate)
+        check_evaluation(recipe, parts, feed, self._shape() if recipe.watch.evaluate else None)
 
     def state_dict(self) -> dict[str, Any]:
         return {"drift": self.drift.state_dict()}
@@ -52,28 +72,6 @@ class Watch:
     def evaluates(self, iteration: int) -> bool:
         config = self.recipe.watch.evaluate
         return config is not None and iteration % config.every == 0
-
-    def _check_miniature(self, config: EvaluateConfig) -> None:
-        """The detector knows the miniature's images, and judges its captions: said before anything is trained."""
-        from ..zoo.miniature import claims_of
-        from ..zoo.miniature.shapes import SIDE
-
-        give = "give watch.evaluate.features a folder of DINO or CLIP for transformers, or set watch.evaluate to null"
-        factor = self.parts.latent_space.factor
-        size = tuple(factor * n for n in self._shape()[1:])
-        if size != (SIDE, SIDE):
-            raise ValueError(
-                f"watch.evaluate.features is null, which is the miniature's detector for {SIDE} x {SIDE} pixels, and "
-                f"these images have {size[0]} x {size[1]}: {give}"
-            )
-        for caption in self.feed.captions_for_samples(config.prompts):
-            try:
-                claims_of([caption])
-            except ValueError:
-                raise ValueError(
-                    f"watch.evaluate.features is null, the miniature's detector, and {caption!r} is no caption of the "
-                    f"miniature's: {give}"
-                ) from None
 
     def _shows(self, iteration: int) -> bool:
         every = self.recipe.watch.samples_every

@@ -318,7 +318,14 @@ def test_an_evaluation_that_cannot_be_is_refused_before_anything_is_trained(
     recipe = tiny_runs.recipe(place, "dp_dmd", "full", tmp_path / "run", watch=watch, data=data)
     statuses, printed = server.run(recipe)
     assert statuses == [2] and not (tmp_path / "run" / "metrics.jsonl").exists(), printed
-    assert "watch.evaluate.features is null, the miniature's detector, and 'a photo of a cat' is no caption" in printed
+    said = "watch.evaluate.features is null, which is the miniature's detector, and 'a photo of a cat' is no caption"
+    assert said in printed
+    statuses, printed = server.run(recipe, call="tests.train.test_trouble:dry")
+    assert statuses == [2] and said in printed, printed
+
+
+def dry(recipe: dict[str, Any]) -> int:
+    return run_server.train(recipe, "--dry-run")
 
 
 def evaluation_fails(recipe: dict[str, Any]) -> int:
