@@ -19,7 +19,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, floa
     file = tmp_path_factory.mktemp("ranks") / "rendezvous"
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.zoo.sharded_ranks", str(rank), "2", str(file)],
+            [sys.executable, "-X", "faulthandler", "-m", "tests.zoo.sharded_ranks", str(rank), "2", str(file)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
