@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..zoo.miniature.tokenizer import MAX_CAPTION_TOKENS
-from ..zoo.plan import backbone_like
+from ..zoo.plan import backbone_like, caption_room
 from ..zoo.saved_student import MINIATURE
 from .cast import DTYPES
 from .feed import make_feed
@@ -20,8 +20,6 @@ from .parts import Parts
 from .recipe import ImagesData, PromptsData, Recipe
 from .rehearsal import Rehearsal, rehearse
 from .watch import check_evaluation
-
-CAPTION = 512  # tokens, to which the pipelines of both families cut a caption
 
 
 def describe_run(recipe: Recipe) -> str:
@@ -54,8 +52,8 @@ def describe_run(recipe: Recipe) -> str:
     )
     try:
         shape = _square(recipe, parts, network.latent_factor) if feed.shape is None else feed.shape
-        check_evaluation(recipe, parts, feed, shape)
-        caption = MAX_CAPTION_TOKENS if recipe.model == MINIATURE else _caption(network)
+        check_evaluation(recipe, parts, feed, lambda: shape)
+        caption = MAX_CAPTION_TOKENS if recipe.model == MINIATURE else caption_room(network.model.config)
         print("running an update of each kind on tensors without data ...", file=sys.stderr, flush=True)
         rehearsal = rehearse(recipe, parts.path, shape, world_size, caption)
         return _text(recipe, rehearsal, feed.describe(), shape, caption, world_size)
@@ -77,12 +75,6 @@ def _square(recipe: Recipe, parts: Parts, latent_factor: int) -> tuple[int, int,
     side = space.sample_size if area is None else math.sqrt(area)
     steps = max(1, round(side / (space.factor * latent_factor)))
     return space.channels, steps * latent_factor, steps * latent_factor
-
-
-def _caption(network: torch.nn.Module) -> int:
-    """As long as captions can be, or as this model has positions for."""
-    positions = getattr(network.model.config, "axes_lens", None)  # type: ignore[union-attr]
-    return CAPTION if positions is None else min(CAPTION, (positions[0] - 2) // 32 * 32)
 
 
 # Text

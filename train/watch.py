@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -27,18 +27,18 @@ AT_ONCE = 16  # images of a forward
 LARGE = 1 << 14  # numbers of a latent above which images are decoded one by one: an autoencoder needs GiB for each
 
 
-def check_evaluation(recipe: Recipe, parts: Parts, feed: Feed, shape: Sequence[int] | None) -> None:
+def check_evaluation(recipe: Recipe, parts: Parts, feed: Feed, shape: Callable[[], Sequence[int]]) -> None:
     """ValueError where the miniature's detector is to look at what it does not know: images of latents of another
     shape than its own, or captions that it cannot read. Said before anything is trained."""
     from ..zoo.miniature import claims_of
     from ..zoo.miniature.shapes import SIDE
 
     config = recipe.watch.evaluate
-    if config is None or config.features is not None or shape is None:
+    if config is None or config.features is not None:
         return
     head = "watch.evaluate.features is null, which is the miniature's detector"
     give = "give it a folder of DINO or CLIP for transformers, or set watch.evaluate to null"
-    size = tuple(parts.latent_space.factor * side for side in shape[1:])
+    size = tuple(parts.latent_space.factor * side for side in shape()[1:])
     if size != (SIDE, SIDE):
         raise ValueError(f"{head} for {SIDE} x {SIDE} pixels, and these images have {size[0]} x {size[1]}: {give}")
     for caption in feed.captions_for_samples(config.prompts):
@@ -58,7 +58,7 @@ class Watch:
         self.recipe, self.ranks, self.method, self.parts, self.feed = recipe, ranks, method, parts, feed
         self.drift = Drift()
         self._metrics: Any = None
-        check_evaluation(recipe, parts, feed, self._shape() if recipe.watch.evaluate else None)
+        check_evaluation(recipe, parts, feed, self._shape)
 
     def state_dict(self) -> dict[str, Any]:
         return {"drift": self.drift.state_dict()}

@@ -46,15 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .zoo.plan import ARRANGEMENTS, MODELS, Setting, plan
+    from .zoo.plan import ARRANGEMENTS, MODELS, Setting, caption_room, plan
 
     try:
         config = MODELS[arguments.model] if arguments.model in MODELS else _config(arguments.model, tuple(MODELS))
         step = arguments.pixels_per_latent
         if step is None:
             step = 8 if config["_class_name"].startswith("Z") else 16
+        if arguments.caption is None:
+            arguments.caption = caption_room(config)
         _check(arguments, step)
-        arguments.caption = _caption(arguments.caption, config)
         cluster = _cluster(arguments)
     except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)
@@ -119,21 +120,12 @@ def _cluster(arguments: argparse.Namespace) -> Any:
 def _check(arguments: argparse.Namespace, step: int) -> None:
     if step < 1:
         raise ValueError(f"--pixels-per-latent is {step}, expected at least 1")
-    for name in ("height", "width", "batch", "rank", *(["caption"] if arguments.caption is not None else [])):
+    for name in ("height", "width", "batch", "caption", "rank"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} is {getattr(arguments, name)}, expected at least 1")
     for name in ("height", "width"):
         if getattr(arguments, name) % (2 * step):
             raise ValueError(f"--{name} is {getattr(arguments, name)}, expected a multiple of {2 * step} pixels")
-
-
-def _caption(asked: int | None, config: dict[str, Any]) -> int:
-    """Tokens of a caption: 512, the pipelines' own, or less where the first axis has fewer positions (Z-Image: one
-    frame of an image and one position in between stand behind the caption)."""
-    if asked is not None:
-        return asked
-    lens = config.get("axes_lens")
-    return min(512, (lens[0] - 2) // 32 * 32) if lens else 512
 
 
 def _config(model: str, known: tuple[str, ...]) -> dict[str, Any]:

@@ -138,12 +138,11 @@ def load_autoencoder(
     """
     config = autoencoder_config(path_or_hub_id, subfolder)
     LatentSpace.of(config)  # or an error that says which classes are known
-    folder = Path(path_or_hub_id).expanduser()
-    source = folder if folder.is_dir() else path_or_hub_id
+    source = _source(path_or_hub_id)
     vae, report = KINDS[config["_class_name"]].from_pretrained(
         source,
         subfolder=subfolder,
-        variant=variant_of(folder / subfolder),
+        variant=variant_of(Path(source, subfolder)),
         torch_dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
@@ -170,12 +169,17 @@ def autoencoder_config(path_or_hub_id: str | Path, subfolder: str = "vae") -> di
         raise ValueError(
             f"load_autoencoder: there is no folder {folder}; give a pipeline's folder, or owner/name on the hub"
         )
-    source = folder if folder.is_dir() else path_or_hub_id
+    source = _source(path_or_hub_id)
     try:
         config: dict[str, Any] = AutoencoderKL.load_config(source, subfolder=subfolder)  # any class's reads any
     except OSError as error:
         raise ValueError(f"load_autoencoder: {source} gave no configuration of {subfolder}/: {error}") from None
     return config
+
+
+def _source(path_or_hub_id: str | Path) -> str | Path:
+    folder = Path(path_or_hub_id).expanduser()
+    return folder if folder.is_dir() else path_or_hub_id
 
 
 def pack(z: Tensor) -> Tensor:

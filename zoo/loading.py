@@ -97,8 +97,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _shift(path: str | Path, subfolder: str | None, revision: str | None, local: bool) -> dict[str, float]:
     """The scheduler's shift, where the transformer lies in a pipeline, also if its own folder was given."""
-    if subfolder is None and (Path(path).parent / "model_index.json").is_file():
-        path, subfolder = Path(path).parent, Path(path).name
+    own = Path(path).resolve()
+    if subfolder is None and (own.parent / "model_index.json").is_file():
+        path, subfolder = own.parent, own.name
     if subfolder is None or (local and not Path(path, "scheduler", "scheduler_config.json").is_file()):
         return {}
     try:

@@ -246,6 +246,13 @@ def count_parameters(roles: Roles, result: Plan) -> None:
         result.parameters[name] = result.trainable[name] = sum(p.numel() for p in parameters)
 
 
+def caption_room(config: Mapping[str, Any]) -> int:
+    """Tokens of a caption: 512, to which the pipelines of both families cut one, or what a model has positions for
+    (Z-Image: behind the caption stand one position and the image's frame)."""
+    positions = config.get("axes_lens")
+    return 512 if positions is None else min(512, (positions[0] - 2) // 32 * 32)
+
+
 def check_arrangement(setting: Setting) -> None:
     if setting.arrangement not in ARRANGEMENTS:
         raise ValueError(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import random
 
+import numpy as np
 import pytest
 import torch
 
 from twostep.train.data import NoiseStreams, draw_noise, noise_generator, sample_noise
+from twostep.train.data.noise import seed_everybody
 
 
 def first_numbers(generator: torch.Generator) -> tuple[int, ...]:
@@ -95,3 +98,15 @@ def test_refuses_the_state_of_another_rank_or_seed_and_names_that_are_none() -> 
         noise_generator(0.5, "x")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="purpose is int"):
         noise_generator(0, 1)  # type: ignore[arg-type]
+
+
+def test_generators_that_belong_to_nobody_are_the_runs_too() -> None:
+    """Dropout draws from torch's own: two processes of one seed agree, two ranks do not."""
+
+    def drawn(seed: int, rank: int) -> list[float]:
+        seed_everybody(seed, rank)
+        return [float(torch.rand(())), float(np.random.rand()), random.random()]  # noqa: NPY002
+
+    assert drawn(3, 0) == drawn(3, 0)
+    for other in (drawn(3, 1), drawn(4, 0)):
+        assert all(one != two for one, two in zip(drawn(3, 0), other, strict=True))

@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 from twostep.cli import main
+from twostep.evaluate import MiniatureAlignment
 from twostep.train.command import RECIPES, read_recipe
 from twostep.train.configuration import ConfigurationError, dump, load, resolved
-from twostep.train.recipe import PromptsData, Recipe
+from twostep.train.recipe import ALIGNED, PromptsData, Recipe
+from twostep.zoo.miniature import detector, samples
 
 from . import tiny_runs
 from .run_server import Server
@@ -160,6 +162,12 @@ def test_homes_are_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert recipe.out == tmp_path / "run"
     assert isinstance(recipe.data, PromptsData)
     assert recipe.data.contexts == tmp_path / "c" and recipe.data.prompts == tmp_path / "p.txt"
+
+
+def test_the_best_may_be_by_all_that_the_detector_judges() -> None:
+    drawn = samples(0, 0, 64)  # what few captions do not claim is not judged
+    seen = MiniatureAlignment(detector.load())(drawn.images, drawn.captions)
+    assert set(ALIGNED) == set(seen)
 
 
 def test_a_method_refuses_roles_that_it_has_not() -> None:

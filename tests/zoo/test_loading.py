@@ -61,13 +61,15 @@ def test_weights_are_not_initialised_before_they_are_read(folder: Path, monkeypa
     load_backbone(folder)
 
 
-def test_a_pipelines_folder_gives_its_transformer_and_shift(tmp_path: Path) -> None:
+def test_a_pipelines_folder_gives_its_transformer_and_shift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = stock_model(CASES["z-image"])
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=6.0), vae, None, None, model).save_pretrained(tmp_path)
     backbone = load_backbone(tmp_path)
     assert backbone.default_shift(16, 16, 8) == 6.0
     assert load_backbone(tmp_path / "transformer").default_shift(16, 16, 8) == 6.0  # of the pipeline that it lies in
+    monkeypatch.chdir(tmp_path / "transformer")
+    assert load_backbone(".").default_shift(16, 16, 8) == 6.0
     (tmp_path / "transformer").rename(tmp_path / "transformer_2")
     assert load_backbone(tmp_path, subfolder="transformer_2").default_shift(16, 16, 8) == 6.0
 
