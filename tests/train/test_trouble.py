@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -280,6 +282,32 @@ def test_a_rank_that_hangs_is_named(server: Server, place: tiny_runs.Place, tmp_
     assert HANGS in statuses, printed
     assert f"rank {rank} hangs (a generator update of iteration 3), and the others wait for it" in printed
     assert "time.sleep" in printed or "in wrap" in printed, "the stack says where"
+
+
+def hangs_inside(recipe: dict[str, Any]) -> int:
+    """One rank no longer moves, in the middle of a network, where with shards the others wait for it."""
+
+    def forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        trained = threading.current_thread() is threading.main_thread()  # and is no encoder of the loader's
+        if trained and next(calls) == 40 and os.environ["RANK"] == recipe_rank:
+            time.sleep(10**6)
+        return original(self, *arguments, **options)
+
+    recipe_rank, calls = str(recipe.pop("fault")), iter(range(10**9))
+    original = torch.nn.Linear.forward
+    torch.nn.Linear.forward = forward  # type: ignore[method-assign]
+    return run_server.train(recipe)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_in_a_network_in_shards_is_named(
+    server: Server, place: tiny_runs.Place, tmp_path: Path, rank: int
+) -> None:
+    recipe = ask(place, tmp_path, fault=rank, parallel={"kind": "fsdp", "timeout": 3.0})
+    statuses, printed = server.run(recipe, ranks=2, call="tests.train.test_trouble:hangs_inside", limit=100)
+    assert HANGS in statuses, printed
+    assert f"rank {rank} hangs, and the others wait for it" in printed, printed
+    assert re.search(rf"rank {rank} is at \S*test_trouble.py:\d+ in forward", printed), printed
 
 
 def is_stopped(recipe: dict[str, Any]) -> int:

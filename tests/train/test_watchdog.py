@@ -36,6 +36,20 @@ def test_names_the_one_without_a_sign_of_life() -> None:
     assert "rank 2 gives no sign of life, and the others wait for it" in said and "same place" not in said
 
 
+def test_names_the_one_that_waits_for_nobody_where_all_have_counted_alike() -> None:
+    places = {0: (True, "distributed_c10d.py:1"), 1: (False, "mine.py:7 in forward"), 2: (True, "fsdp.py:9")}
+    said = Watchdog(0, 3, 10.0)._verdict(dict.fromkeys(range(3), (7, "an update")), 12.0, (), places)
+    assert "rank 1 hangs, and the others wait for it" in said
+    assert "rank 1 is at mine.py:7 in forward" in said and "same place" not in said
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_places_that_are_all_of_a_kind_accuse_nobody(waits: bool) -> None:
+    places = {rank: (waits, f"file.py:{rank}") for rank in range(3)}
+    said = Watchdog(0, 3, 10.0)._verdict(dict.fromkeys(range(3), (7, "an update")), 12.0, (), places)
+    assert "all ranks stand at the same place" in said and "hangs" not in said and "rank 2 is at file.py:2" in said
+
+
 def test_names_a_rank_that_never_came() -> None:
     assert "rank 2 never said anything" in verdict({0: (1, "loading"), 1: (1, "loading")})
 
