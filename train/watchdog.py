@@ -3,9 +3,9 @@
 Every rank beats: it counts, and says what it is about to do. A thread on each rank looks at its own rank's last beat;
 when that is older than the time-out, it reads the others' from the group's store. Ranks that wait in a collective have
 said so and have counted further than the one that they wait for, which is thereby known. Where all have counted alike
-(FSDP waits inside the networks), each thread's signs of life decide: a rank without them was stopped, and of those that
-have them, the one whose Python is not inside torch.distributed is not waiting for anybody. A thread, because a collective that hangs does not return to Python; and the process ends there, since nothing can be
-saved in it.
+(FSDP waits inside the networks), their threads decide: a rank whose thread gives no sign of life was stopped; and of
+those that live, the one whose Python is not inside torch.distributed is not waiting for anybody. A thread, because a
+collective that hangs does not return to Python; and the process ends there, since nothing can be saved in it.
 """
 
 from __future__ import annotations
