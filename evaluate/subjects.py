@@ -2,9 +2,9 @@
 
     NAME=WHERE@key=value,...     base=miniature@steps=28,guidance=4,subfolder=base     student=runs/first
 
-WHERE is the folder of a run (its student), a diffusers pipeline (with steps, and guidance, guidance_interval, shift or
-subfolder where they are wanted), a hub id, "miniature", or a folder of images, each with its caption in a .txt of its
-name.
+WHERE is the folder of a run (its student), a diffusers pipeline (with steps, and guidance, guidance_interval, eta,
+eta_interval, shift or subfolder where they are wanted), a hub id, "miniature", or a folder of images, each with its
+caption in a .txt of its name.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ _READ: dict[str, Callable[[str], Any]] = {
     "steps": int,
     "guidance": float,
     "guidance_interval": _interval,  # 0.5-0.95
+    "eta": float,
+    "eta_interval": _interval,
     "shift": float,
     "subfolder": str,
 }
@@ -61,7 +63,7 @@ class Subject:
             try:
                 settings[key] = _READ[key](value)
             except ValueError:
-                expected = "two numbers, such as 0.5-0.95" if key == "guidance_interval" else "a number"
+                expected = "two numbers, such as 0.5-0.95" if key.endswith("_interval") else "a number"
                 raise ValueError(f"{text!r}: {key} is {value!r}, expected {expected}") from None
         if not where:
             raise ValueError(f"{text!r}: expected [NAME=]WHERE[@key=value,...], such as student=runs/first")

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .arguments import add_interval
+
 FAULT, INTERRUPTED = 2, 130
 MOST_ON_SHEET = 256
 LARGEST_SEED = 2**63 - 1  # in 64 bits with a sign
@@ -34,14 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder of the images")
     add("--steps", type=int, help="of a pipeline; a student has its own (default for a pipeline: 8)")
     add("--guidance", type=float, default=1.0, metavar="W", help="of a pipeline; 1 is none (default: 1)")
-    add(
-        "--guidance-interval",
-        type=float,
-        nargs=2,
-        default=(0.0, 1.0),
-        metavar=("LEAST", "GREATEST"),
-        help="of a pipeline: levels sigma that are guided (default: 0 1, all; cfg_truncation T of diffusers is 1-T 1)",
+    add_interval(
+        parser, "guidance", "of a pipeline: levels sigma that are guided; cfg_truncation T of diffusers is 1-T 1"
     )
+    add("--eta", type=float, default=0.0, help="of a pipeline: noise that its steps renew, 0 to 1 (default: 0, none)")
+    add_interval(parser, "eta", "of a pipeline: levels sigma from which noise is renewed")
     add("--subfolder", help="where in a pipeline the transformer lies (default: transformer)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="in pixels (default: what the model was made for)")
     add("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
@@ -101,8 +100,11 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"--subfolder is {args.subfolder}, and {args.model} is a student, whose networks are its own")
     facts = {"model": str(args.model), "steps": args.steps, "guidance": args.guidance, "subfolder": args.subfolder}
     facts |= {"size": args.size, "dtype": str(dtype).removeprefix("torch."), "files": state_of(args.model)}
-    if tuple(args.guidance_interval) != EVERYWHERE:
-        facts["guidance_interval"] = list(args.guidance_interval)
+    if args.eta:
+        facts["eta"] = args.eta
+    for what in ("guidance_interval", "eta_interval"):
+        if tuple(getattr(args, what)) != EVERYWHERE:
+            facts[what] = list(getattr(args, what))
     missing = [one for one in wanted if args.overwrite or not _is_there(args.out / one.name, one, facts)]
     if missing:
         logging.disable_progress_bar()
@@ -111,6 +113,8 @@ def _run(args: argparse.Namespace) -> int:
             steps=8 if args.steps is None and not student else args.steps,
             guidance=args.guidance,
             guidance_interval=tuple(args.guidance_interval),
+            eta=args.eta,
+            eta_interval=tuple(args.eta_interval),
             subfolder=args.subfolder or "transformer",
             dtype=dtype,
             device=device,

@@ -4,11 +4,17 @@
 
 The shift s moves the steps towards noise; 3 gives Z-Image-Turbo's grids: 1, .75, 0 and 1, .9545, .9, .8333, ... for 2
 and 8.
+
+A step from a to b may renew part of the noise e that the state holds, which mends mistakes of earlier steps; DDIM's eta
+(arXiv 2010.02502, eq. 16) in the terms of the straight path, whose state at b is (1 - b) x_0 + b e:
+
+    x_b = (1 - b) x_0 + sqrt(b^2 - u^2) e + u z,   z new noise,   u = eta b sqrt(1 - ((1 - a) b / ((1 - b) a))^2)
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -41,12 +47,28 @@ def euler(
     x: Tensor,
     sigmas: Sequence[float],
     *,
+    eta: Callable[[float], float] = lambda level: 0.0,
+    fresh: Callable[[Tensor], Tensor] = torch.randn_like,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """x_b = x_a + (b - a) v over the grid, in float32 whatever the network computes in; float64 stays."""
+    """x_b = x_a + (b - a) v over the grid, in float32 whatever the network computes in; float64 stays.
+
+    Args:
+        eta: of a step that begins at this level; 0 renews nothing.
+        fresh: new noise for a state.
+    """
     x = x if x.dtype == torch.float64 else x.float()
     for step, (a, b) in enumerate(itertools.pairwise(sigmas)):
-        x = x + (b - a) * velocity(x, a).to(x.dtype)
+        v = velocity(x, a).to(x.dtype)
+        after = x + (b - a) * v
+        if renewed := _renewed(a, b, eta(a)):
+            after = after + (math.sqrt(b * b - renewed * renewed) - b) * (x + (1 - a) * v) + renewed * fresh(x)
+        x = after
         if on_step is not None:
             on_step(step, x)
     return x
+
+
+def _renewed(a: float, b: float, eta: float) -> float:
+    """u of the formula at the top."""
+    return eta * b * math.sqrt(max(0.0, 1 - ((1 - a) * b / ((1 - b) * a)) ** 2))

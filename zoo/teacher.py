@@ -4,6 +4,8 @@
 
 Z-Image's pipelines count w - 1 and call that the scale; here it is always w. Guidance can be limited to an interval of
 sigma (arXiv 2404.07724): at the noisiest levels it drives samples together, and at the cleanest it decides nothing.
+With eta, steps renew noise as they go (sampling.py), which mends mistakes; limited to an interval as well, since at the
+cleanest levels it costs detail (arXiv 2206.00364, section 4).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .backbone import Backbone
@@ -18,17 +21,28 @@ from .context import Context
 from .sampling import check_grid, euler, sigma_grid
 
 EVERYWHERE = (0.0, 1.0)
+Generators = torch.Generator | Sequence[torch.Generator] | None
+_NONE = {"guidance": 1, "eta": 0}
 ROUNDING = 1e-6  # of levels, which come in float32 and as Python's numbers: a bound belongs to the interval
 
 
-def check_interval(owner: str, interval: Sequence[float], guidance: float | None = None) -> tuple[float, float]:
-    """Two levels sigma. Where the guidance that they limit is given, it must be one."""
+def check_interval(
+    owner: str, interval: Sequence[float], strength: float | None = None, *, of: str = "guidance"
+) -> tuple[float, float]:
+    """Two levels sigma. Where the strength of what they limit is given, it must not be none."""
     levels = tuple(float(level) for level in interval) if isinstance(interval, Sequence) else ()
     if len(levels) != 2 or not 0 <= levels[0] <= levels[1] <= 1:
-        raise ValueError(f"{owner}: guidance_interval is {interval}, expected two levels, 0 <= least <= greatest <= 1")
-    if guidance == 1 and levels != EVERYWHERE:
-        raise ValueError(f"{owner}: guidance_interval is {levels}, and guidance is 1, which is none: give guidance too")
+        raise ValueError(f"{owner}: {of}_interval is {interval}, expected two levels, 0 <= least <= greatest <= 1")
+    none = _NONE[of]
+    if strength == none and levels != EVERYWHERE:
+        raise ValueError(f"{owner}: {of}_interval is {levels}, and {of} is {none}, which is none: give {of} too")
     return levels
+
+
+def check_eta(owner: str, eta: float) -> float:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"{owner}: eta is {eta}, expected 0 (no noise is renewed) to 1")
+    return eta
 
 
 class Teacher:
@@ -42,6 +56,8 @@ class Teacher:
         negative: context of the empty (or a negative) prompt, of batch 1.
         guidance_interval: the levels sigma, least and greatest, that are guided; elsewhere the prompt's velocity alone
             is asked for. A pipeline's cfg_truncation T is (1 - T, 1).
+        eta: how much of a step's noise is renewed, 0 (none) to 1 (as in ancestral sampling); see sampling.py.
+        eta_interval: the levels sigma, least and greatest, from which a step renews noise.
     """
 
     def __init__(
@@ -53,11 +69,15 @@ class Teacher:
         guidance: float = 1.0,
         negative: Context | None = None,
         guidance_interval: tuple[float, float] = EVERYWHERE,
+        eta: float = 0.0,
+        eta_interval: tuple[float, float] = EVERYWHERE,
     ) -> None:
         sigma_grid(steps, 1.0 if shift is None else shift)
         self.backbone, self.steps, self.shift = backbone, steps, shift
         self.guidance, self.negative = guidance, negative
         self.guidance_interval = check_interval("Teacher", guidance_interval)
+        self.eta = check_eta("Teacher", eta)
+        self.eta_interval = check_interval("Teacher", eta_interval, self.eta, of="eta")
 
     def sigmas(self, height: int, width: int, steps: int | None = None) -> tuple[float, ...]:
         """The grid for latents of this size."""
@@ -116,9 +136,13 @@ class Teacher:
         sigmas: Sequence[float] | None = None,
         guidance: float | None = None,
         negative: Context | None = None,
+        generator: Generators = None,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Clean latents from noise [B, C, H, W], in float32. `on_step(index, x)` sees the state after each step."""
+        """Clean latents from noise [B, C, H, W], in float32. `on_step(index, x)` sees the state after each step.
+
+        `generator`, or one for each sample, draws the noise of eta; None is torch's own.
+        """
         if steps is not None and sigmas is not None:
             raise ValueError("Teacher.sample: both steps and sigmas were given; sigmas say how many steps there are")
         if noise.dim() != 4:
@@ -131,16 +155,26 @@ class Teacher:
         def velocity(x: Tensor, sigma: float) -> Tensor:
             return self.velocity(x, sigma, context, guidance=guidance, negative=negative)
 
-        return euler(velocity, noise, grid, on_step=on_step)
+        drawn_by = list(generator) if isinstance(generator, Sequence) else generator
+        if isinstance(drawn_by, list) and len(drawn_by) != len(noise):
+            raise ValueError(
+                f"Teacher.sample: {len(drawn_by)} generators for {len(noise)} samples, expected one, or one for each"
+            )
+
+        def fresh(x: Tensor) -> Tensor:
+            return randn_tensor(x.shape, drawn_by, x.device, x.dtype)
+
+        return euler(velocity, noise, grid, eta=self._eta, fresh=fresh, on_step=on_step)
+
+    def _eta(self, sigma: float) -> float:
+        return self.eta if _inside(self.eta_interval, sigma) else 0.0
 
     def _weight(self, guidance: float, sigma: Tensor | float) -> float | Tensor:
         """The scale at this level; a tensor where samples have levels of their own, some of them outside."""
-        least, greatest = self.guidance_interval
-        if guidance == 1 or (least, greatest) == EVERYWHERE:
+        if guidance == 1 or self.guidance_interval == EVERYWHERE:
             return guidance
-        level = torch.as_tensor(sigma).float()
-        inside = (least - ROUNDING <= level) & (level <= greatest + ROUNDING)
-        if level.dim():
+        inside = _inside(self.guidance_interval, sigma)
+        if inside.dim():
             return torch.where(inside, guidance, 1.0).view(-1, 1, 1, 1)
         return guidance if inside else 1.0
 
@@ -159,3 +193,8 @@ class Teacher:
                 f"Teacher: the negative context has {negative.batch} samples, expected 1 or {context.batch}"
             )
         return negative.repeat(context.batch)
+
+
+def _inside(interval: tuple[float, float], sigma: Tensor | float) -> Tensor:
+    level = torch.as_tensor(sigma).float()
+    return (interval[0] - ROUNDING <= level) & (level <= interval[1] + ROUNDING)

@@ -23,7 +23,7 @@ from .encoders import TextEncoder, load_text_encoder
 from .loading import load_backbone
 from .saved_student import load_student, pipeline_path, student_facts, student_folder
 from .student import Student
-from .teacher import EVERYWHERE, Teacher, check_interval
+from .teacher import EVERYWHERE, Generators, Teacher, check_eta, check_interval
 
 
 @dataclass
@@ -58,18 +58,29 @@ class TextToImage:
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
         """[N, C, H, W], each image's from its seed alone."""
+        return self._noise(_generators(seeds), size)
+
+    def _noise(self, generators: Sequence[torch.Generator], size: tuple[int, int] | None) -> Tensor:
         height, width = self.size(size)
         shape = (self.autoencoder.channels, height // self.autoencoder.factor, width // self.autoencoder.factor)
-        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(drawn).to(self.device)
+        return torch.stack([torch.randn(shape, generator=one) for one in generators]).to(self.device)
 
     @torch.no_grad()
     def contexts(self, captions: Sequence[str]) -> Context:
         return self.text_encoder.encode(list(captions)).to(self.device)
 
     @torch.no_grad()
-    def latents(self, noise: Tensor, context: Context, on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
-        return self.model.sample(noise, context, on_step=on_step)
+    def latents(
+        self,
+        noise: Tensor,
+        context: Context,
+        on_step: Callable[[int, Tensor], None] | None = None,
+        generator: Generators = None,
+    ) -> Tensor:
+        """`generator` draws the noise of a teacher's eta, as in Teacher.sample."""
+        if isinstance(self.model, Student):
+            return self.model.sample(noise, context, on_step=on_step)
+        return self.model.sample(noise, context, on_step=on_step, generator=generator)
 
     @torch.no_grad()
     def images(self, latents: Tensor) -> Tensor:
@@ -79,7 +90,9 @@ class TextToImage:
     def draw(self, captions: Sequence[str], seeds: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
         if len(captions) != len(seeds):
             raise ValueError(f"draw: {len(captions)} captions and {len(seeds)} seeds, expected one for each image")
-        return self.images(self.latents(self.noise(seeds, size), self.contexts(captions)))
+        generators = _generators(seeds)
+        noise = self._noise(generators, size)
+        return self.images(self.latents(noise, self.contexts(captions), generator=generators))
 
 
 def load_text_to_image(
@@ -88,6 +101,8 @@ def load_text_to_image(
     steps: int | None = None,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] = EVERYWHERE,
+    eta: float = 0.0,
+    eta_interval: tuple[float, float] = EVERYWHERE,
     shift: float | None = None,
     subfolder: str = "transformer",
     dtype: torch.dtype = torch.bfloat16,
@@ -97,18 +112,19 @@ def load_text_to_image(
     """From a pipeline's folder or hub id, "miniature", or the folder of a run or its student.
 
     Args:
-        steps, guidance, guidance_interval, shift: of a pipeline's transformer, as of Teacher; a student has its own and
-            takes none.
+        steps, guidance, guidance_interval, eta, eta_interval, shift: of a pipeline's transformer, as of Teacher; a
+            student has its own and takes none.
         subfolder: where in a pipeline the transformer lies.
     """
     _check_device(device)
     guidance_interval = check_interval("load_text_to_image", guidance_interval, guidance)
+    eta_interval = check_interval("load_text_to_image", eta_interval, check_eta("load_text_to_image", eta), of="eta")
     student = student_folder(path)
     if student is not None:
-        if steps is not None or guidance != 1 or guidance_interval != EVERYWHERE or shift is not None:
+        if steps is not None or guidance != 1 or eta or shift is not None:
             raise ValueError(
-                f"load_text_to_image: {path} is a student, which has steps of its own; leave out steps, "
-                f"guidance, guidance_interval and shift"
+                f"load_text_to_image: {path} is a student, which has steps of its own; leave out steps, guidance, eta "
+                f"and shift"
             )
         pipeline = pipeline_path(student_facts(student)["pipeline"])
         model: Teacher | Student = load_student(student, dtype=dtype, device=device, fused=fused)
@@ -131,12 +147,24 @@ def load_text_to_image(
             )
         network = load_backbone(pipeline, dtype=dtype, device=device, fused=fused, subfolder=subfolder)
         network.requires_grad_(False)
-        model = Teacher(network, steps=steps, shift=shift, guidance=guidance, guidance_interval=guidance_interval)
+        model = Teacher(
+            network,
+            steps=steps,
+            shift=shift,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            eta=eta,
+            eta_interval=eta_interval,
+        )
     text_encoder = load_text_encoder(pipeline, dtype=dtype, device=device)
     autoencoder = load_autoencoder(pipeline, dtype=dtype, device=device)
     if isinstance(model, Teacher) and guidance != 1:
         model.negative = text_encoder.encode([""]).to(device)
     return TextToImage(text_encoder, autoencoder, model)
+
+
+def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _check_device(device: torch.device | str) -> None:

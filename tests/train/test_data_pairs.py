@@ -342,6 +342,7 @@ def test_refuses_what_is_no_cache_and_no_batch(write: Write, teacher: Teacher, t
         ({"prompts": []}, "expected a sequence of at least one str"),
         ({"batch": 0}, "batch is 0"),
         ({"teacher": Teacher(teacher.backbone, guidance=2.0)}, "it has no negative context"),
+        ({"teacher": Teacher(teacher.backbone, eta=0.5)}, "what is cached follows from its noise alone"),
     ):
         with pytest.raises(ValueError, match=message):
             write(tmp_path / "new", **change)

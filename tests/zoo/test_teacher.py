@@ -188,6 +188,29 @@ def test_an_interval_of_guidance_is_each_samples_own() -> None:
     assert Teacher(backbone, guidance_interval=(0, 1)).guidance_interval == (0.0, 1.0)
 
 
+def test_renewed_noise_is_each_samples_own_and_of_its_interval_only() -> None:
+    backbone = fused_backbone(Z_IMAGE)
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 4, *SIZE, generator=g)
+    context = Context(torch.randn(2, 40, 20, generator=g), torch.tensor([5, 40]))
+
+    def states(rows: slice = slice(0, 2), **settings: Any) -> list[Tensor]:
+        found: list[Tensor] = []
+        generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)][rows]
+        few = Context(context.features[rows], torch.tensor([5, 40])[rows])
+        teacher = Teacher(backbone, steps=4, **settings)
+        teacher.sample(noise[rows], few, generator=generators, on_step=lambda _, x: found.append(x))
+        return found
+
+    plain, renewed = states(), states(eta=1.0)
+    assert all(not torch.equal(a, b) for a, b in zip(plain, renewed, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(renewed, states(eta=1.0), strict=True))
+    assert relative_error(renewed[-1][1:], states(slice(1, 2), eta=1.0)[-1]) <= 1e-5
+    # The grid is 1, .9, .75, .5: two steps without, and the third begins at .75.
+    parted = states(eta=1.0, eta_interval=(0.6, 0.75))
+    assert [torch.equal(a, b) for a, b in zip(plain, parted, strict=True)] == [True, True, False, False]
+
+
 def test_wrong_use_is_explained() -> None:
     backbone = fused_backbone(Z_IMAGE)
     context = Context(torch.randn(2, 7, 20))
@@ -204,6 +227,14 @@ def test_wrong_use_is_explained() -> None:
         Teacher(backbone, guidance_interval=(0.9, 0.5))
     with pytest.raises(ValueError, match=r"guidance_interval is 0\.5, expected two levels"):
         Teacher(backbone, guidance_interval=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"eta is 1\.5, expected 0 \(no noise is renewed\) to 1"):
+        Teacher(backbone, eta=1.5)
+    with pytest.raises(ValueError, match=r"eta_interval is \(0\.9, 0\.5\), expected two levels"):
+        Teacher(backbone, eta=1.0, eta_interval=(0.9, 0.5))
+    with pytest.raises(ValueError, match=r"eta_interval is \(0\.5, 0\.9\), and eta is 0, which is none: give eta too"):
+        Teacher(backbone, eta_interval=(0.5, 0.9))
+    with pytest.raises(ValueError, match="3 generators for 2 samples, expected one, or one for each"):
+        Teacher(backbone, eta=1.0).sample(noise, context, generator=[torch.Generator()] * 3)
     with pytest.raises(ValueError, match="shift is 0"):
         Teacher(backbone, shift=0.0)
     with pytest.raises(ValueError, match=r"negative context has 3 samples, expected 1 or 2"):

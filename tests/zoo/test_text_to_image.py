@@ -125,11 +125,24 @@ def test_adapters_know_their_base(runs: dict[str, Path], place: tiny_runs.Place,
         load_student(runs["lora"], base=other, dtype=torch.float32)
 
 
+def test_an_image_with_renewed_noise_is_of_its_seed_too(place: tiny_runs.Place) -> None:
+    model = load_text_to_image(place.model, steps=3, eta=1.0, dtype=torch.float32)
+    one = model.draw(["a ring"], [5])
+    with_others = model.draw(["a star", "a ring"], [4, 5])
+    assert (one - with_others[1:]).abs().max() < 1e-4
+    plain = load_text_to_image(place.model, steps=3, dtype=torch.float32).draw(["a ring"], [5])
+    assert (one - plain).abs().max() > 1e-2
+
+
 def test_wrong_folders_are_explained(runs: dict[str, Path], place: tiny_runs.Place, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a student, which has steps of its own"):
         load_text_to_image(runs["full"], steps=4)
     with pytest.raises(ValueError, match="and guidance is 1, which is none"):
         load_text_to_image(place.model, steps=4, guidance_interval=(0.5, 0.9))
+    with pytest.raises(ValueError, match="and eta is 0, which is none: give eta too"):
+        load_text_to_image(place.model, steps=4, eta_interval=(0.5, 0.9))
+    with pytest.raises(ValueError, match="leave out steps, guidance, eta and shift"):
+        load_text_to_image(runs["full"], eta=1.0)
     with pytest.raises(ValueError, match="say how many steps"):
         load_text_to_image(place.model)
     with pytest.raises(ValueError, match=r"neither model_index.json \(a pipeline\) nor student.json"):

@@ -22,6 +22,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twostep.arguments import add_interval
+
 if TYPE_CHECKING:
     from .prompts import Prompts
 
@@ -43,14 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--contexts-only", action="store_true", help="encode the prompts and do not sample the teacher")
     add("--teacher-steps", type=int, default=8, metavar="N", help="Euler steps of the teacher (default: 8)")
     add("--guidance", type=float, default=1.0, metavar="W", help="the teacher's guidance scale; 1 is none (default: 1)")
-    add(
-        "--guidance-interval",
-        type=float,
-        nargs=2,
-        default=(0.0, 1.0),
-        metavar=("LEAST", "GREATEST"),
-        help="levels sigma that are guided (default: 0 1, all)",
-    )
+    add_interval(parser, "guidance", "levels sigma that are guided")
     add("--shift", type=float, help="of the teacher's sigma grid (default: what the model's pipeline uses)")
     add("--anchor-sigma", type=float, metavar="SIGMA", help="also keep the teacher's state at this sigma of its grid")
     add("--size", type=_size, metavar="HxW", help="of the images, in pixels (default: what the model was made for)")

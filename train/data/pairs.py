@@ -282,6 +282,10 @@ def plan_of(
 
 
 def _teacher_header(teacher: Teacher, grid: tuple[float, ...]) -> dict[str, str]:
+    if teacher.eta:
+        raise ValueError(
+            f"{WHERE}: the teacher's eta is {teacher.eta}, and what is cached follows from its noise alone: expected 0"
+        )
     model = teacher.backbone.model
     config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
     negative = None
