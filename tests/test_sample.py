@@ -72,7 +72,7 @@ def test_the_same_command_goes_on(
         assert image.size == (48, 32)
     limited = ["--guidance", "3", "--guidance-interval", ".5", "1"]
     renewed = ["--eta", "1", "--eta-interval", ".5", "1"]
-    for other in (["--guidance", "3"], limited, renewed[:2], renewed, ["--dtype", "bfloat16"]):  # other images of the same names
+    for other in (["--guidance", "3"], limited, renewed[:2], renewed, ["--dtype", "bfloat16"]):  # other images
         assert main([*words, *other]) == 2
         assert "is there, and is another image" in capsys.readouterr().err
     assert main([*words, "--guidance", "3", "--overwrite"]) == 0
