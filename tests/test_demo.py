@@ -36,7 +36,7 @@ def test_it_distils_compares_and_goes_on(
     facts = json.loads((out / "report" / "report.json").read_text())
     names = ["real images", "base at 28", "teacher at 8", "teacher at 2", "student at 2"]
     assert [row["name"] for row in facts["measured"]] == names
-    assert [row["evaluations"] for row in facts["measured"]] == [None, 46, 8, 2, 2]
+    assert [row["evaluations"] for row in facts["measured"]] == [None, 43, 8, 2, 2]
     assert len(facts["verdicts"]) == 6
     assert (out / "student" / "pipeline.py").is_file() and (out / "student" / "transformer_2").is_dir()
     assert "Training of student at 2" in (out / "report" / "report.html").read_text()

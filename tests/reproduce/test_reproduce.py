@@ -19,7 +19,7 @@ from twostep.reproduce import command, concept, unsaid
 from twostep.reproduce.experiments import EXPERIMENTS, TURBO_PP, Claim, Experiment
 from twostep.reproduce.table import BETTER, Spread, judge, markdown
 from twostep.train.command import read_recipe
-from twostep.zoo.miniature import BASE_AT_ITS_BEST, detector, miniature, scenes
+from twostep.zoo.miniature import detector, miniature, scenes
 from twostep.zoo.miniature.captions import say_all, write
 from twostep.zoo.miniature.shapes import COLOURS, SHAPES, render
 
@@ -52,9 +52,11 @@ def test_arms_are_valid_recipes_and_claims_are_of_arms(name: str) -> None:
         assert {claim.better, claim.worse} <= arms.keys() and claim.metric in experiment.metrics
 
 
-def test_the_base_is_sampled_at_its_best() -> None:
-    (base,) = (arm for arm in EXPERIMENTS["dp-dmd"].arms if arm.name == "base")
-    assert base.sampled == dict(BASE_AT_ITS_BEST)
+def test_the_base_is_guided_as_the_students_real_score() -> None:
+    arms = {arm.name: arm for arm in EXPERIMENTS["dp-dmd"].arms}
+    recipe = read_recipe(str(arms["DMD"].recipe), list(arms["DMD"].settings))
+    sampled = arms["base"].sampled
+    assert recipe.guidance is not None and sampled is not None and sampled["guidance"] == recipe.guidance.scale
 
 
 def test_dp_dmds_arms_are_alike_but_for_what_they_compare() -> None:

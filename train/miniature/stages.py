@@ -35,8 +35,13 @@ ENCODERS = Fit(steps=1500, batch=64, lr=1.5e-3)
 RECIPES = {"base": "miniature-flow-matching", "teacher": "miniature-decoupled-dmd"}
 FRESH = (0xF4E5, 1024)  # a stream that nothing is trained on, and how many of its samples say how good a part is
 MEASURED: dict[str, Mapping[str, Any]] = {
-    "base at 28, guidance 4 in .5-.95": BASE_AT_ITS_BEST,
-    "base at 28, guidance 2": {"steps": 28, "guidance": 2.0, "subfolder": "base"},
+    "base at 28, guidance 2.5 in .5-.9, eta 1 in .3-.9": BASE_AT_ITS_BEST,
+    "base at 28, guidance 4 in .5-.95": {
+        "steps": 28,
+        "guidance": 4.0,
+        "guidance_interval": (0.5, 0.95),
+        "subfolder": "base",
+    },
     "teacher at 8": {"steps": 8},
     "teacher at 2": {"steps": 2},
 }

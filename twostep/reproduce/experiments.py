@@ -105,7 +105,7 @@ TURBO_PP = Experiment(
     cached=True,
 )
 
-# zoo.miniature's BASE_AT_ITS_BEST, without its import: what the command line can be asked takes no torch.
+# Guided as the students' real score is (guidance.scale below), where that serves it best; it renews no noise.
 _BASE = {"steps": 28, "guidance": 4.0, "guidance_interval": (0.5, 0.95), "subfolder": "base"}
 # For every student of DP-DMD's comparison, so that plain DMD has the time to lose modes. In trials (one seed, captions
 # of stream 0xC1A6) it was left with .56 of `unsaid` (the teacher: .80); after 300 iterations at SHORT's rate with .74.

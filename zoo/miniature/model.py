@@ -34,7 +34,14 @@ WEIGHTS = Path(__file__).parent / "weights"
 # Of load_text_to_image: where most of the base's images show what their captions say. Chosen on captions that no table
 # is measured on (stream 0x70E); docs/miniature.md has what else was tried.
 BASE_AT_ITS_BEST: Mapping[str, Any] = MappingProxyType(
-    {"steps": 28, "guidance": 4.0, "guidance_interval": (0.5, 0.95), "subfolder": "base"}
+    {
+        "steps": 28,
+        "guidance": 2.5,
+        "guidance_interval": (0.5, 0.9),
+        "eta": 1.0,
+        "eta_interval": (0.3, 0.9),
+        "subfolder": "base",
+    }
 )
 _VISION_TOWER = "vision_tower"
 Network = TypeVar("Network", bound=torch.nn.Module)
