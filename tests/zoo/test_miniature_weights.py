@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, ZImagePipeline
 
 from twostep.evaluate import MiniatureAlignment
+from twostep.train.miniature.stages import MEASURED
 from twostep.zoo import load_text_to_image
 from twostep.zoo.miniature import detector, miniature, samples
 from twostep.zoo.miniature.model import WEIGHTS
@@ -37,11 +38,11 @@ def test_the_autoencoder_is_as_good_as_stated() -> None:
     assert psnr == pytest.approx(stated, abs=1.0)
 
 
-@pytest.mark.parametrize("name", ["teacher at 8", "teacher at 2"])
+@pytest.mark.parametrize("name", MEASURED)
 def test_images_are_as_good_as_stated(name: str) -> None:
     """Within what 64 images can tell (three standard errors)."""
     stated = json.loads((WEIGHTS / "measured.json").read_text())["images"]["value, low, high"][name]["aligned"][0]
-    model = load_text_to_image("miniature", steps=int(name.split()[-1]), dtype=torch.float32)
+    model = load_text_to_image("miniature", dtype=torch.float32, **MEASURED[name])
     captions = samples(STREAM, 0, COUNT).captions
     images = model.draw(captions, range(COUNT))
     found = MiniatureAlignment(detector.load())(images, captions)["aligned"]
