@@ -82,11 +82,11 @@ class Direction {
     });
   }
 
-  // NaN stays NaN: it is not below eps.
+  // NaN stays NaN: it is not below eps. Infinity becomes NaN, by 0 * mean: 1 / infinity would hide it.
   void finish(int64_t b) const {
     const A* partials = static_cast<const A*>(a_.partials) + b * pieces_.per_sample;
     const double mean = sum_partials(partials, pieces_.per_sample) / static_cast<double>(a_.size);
-    static_cast<A*>(a_.scales)[b] = static_cast<A>(1 / (mean < a_.eps ? a_.eps : mean));
+    static_cast<A*>(a_.scales)[b] = static_cast<A>(1 / (mean < a_.eps ? a_.eps : mean) + 0 * mean);
   }
 
   void directions(int64_t first, int64_t last) const {

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from twostep.graphs import is_leafs, nodes
+
 from . import arguments
 from .reduction import check, mean_squared_error, reduce, sample_mean, widen
 
@@ -35,6 +37,7 @@ def generator_adversarial_loss(
     kind: str = "softplus",
     weight: Tensor | None = None,
     reduction: str = "mean",
+    sample: Tensor | None = None,
     missing_gradient: str = "warn",
 ) -> Tensor:
     """What the student minimises. The gradient must reach it through the discriminator's input.
@@ -47,14 +50,18 @@ def generator_adversarial_loss(
         kind: "softplus", "hinge", "bce" or "relativistic".
         weight: [B], multiplies each sample's loss.
         reduction: "mean" (of weight * loss over the samples), "sum", or "none" for [B].
-        missing_gradient: what to do if gradients are enabled and fake_logits carries none: "warn", "error" (for
-            trainers) or "ignore" (for monitors).
+        sample: the student's samples. Where D's parameters are not frozen fake_logits carries their gradient whatever
+            becomes of the samples'; given these, it is looked for. It does not enter the loss.
+        missing_gradient: what to do if gradients are enabled and fake_logits carries none, or not that of `sample`:
+            "warn", "error" (for trainers) or "ignore" (for monitors).
     """
     loss = "generator_adversarial_loss"
     check(loss, "fake_logits", fake_logits, weight, reduction)
     arguments.check_choice(loss, "kind", kind, KINDS)
     arguments.check_choice(loss, "missing_gradient", missing_gradient, MISSING_GRADIENT)
-    _check_gradient(loss, fake_logits, missing_gradient)
+    if sample is not None:
+        arguments.check_tensor(loss, "sample", sample)
+    _check_gradient(loss, fake_logits, sample, missing_gradient)
     if kind == "relativistic":
         if real_logits is None:
             raise ValueError(f"{loss}: kind 'relativistic' compares pairs: pass real_logits of the paired real samples")
@@ -125,16 +132,23 @@ def _softplus(z: Tensor) -> Tensor:
     return -F.logsigmoid(-z)
 
 
-def _check_gradient(loss: str, fake_logits: Tensor, missing_gradient: str) -> None:
-    if missing_gradient == "ignore" or fake_logits.requires_grad or not torch.is_grad_enabled():
+def _check_gradient(loss: str, fake_logits: Tensor, sample: Tensor | None, missing_gradient: str) -> None:
+    if missing_gradient == "ignore" or not torch.is_grad_enabled():
         return
     if torch.compiler.is_compiling() or arguments.in_transform():  # there requires_grad does not tell
         return
+    if fake_logits.requires_grad and (sample is None or _reaches(fake_logits, sample)):
+        return
+    what = "no gradient of sample" if fake_logits.requires_grad else "no gradient"
     message = (
-        f"{loss}: fake_logits carries no gradient, so nothing would reach the generator. Run the discriminator outside"
+        f"{loss}: fake_logits carries {what}, so nothing would reach the generator. Run the discriminator outside"
         " torch.no_grad() and on a sample that is not detached; to freeze it, call requires_grad_(False) on its"
         " parameters. If only the value is wanted, pass missing_gradient='ignore'"
     )
     if missing_gradient == "error":
         raise ValueError(message)
     warnings.warn(message, stacklevel=3)
+
+
+def _reaches(logits: Tensor, sample: Tensor) -> bool:
+    return any(node is sample.grad_fn or (is_leafs(node) and node.variable is sample) for node in nodes([logits]))

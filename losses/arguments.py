@@ -70,7 +70,7 @@ def check_choice(loss: str, name: str, value: object, accepted: tuple[str, ...])
 def check_number(loss: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{loss}: {name} is {type(value).__name__}, expected a number")
-    if not math.isfinite(value):
+    if value != value or value in (math.inf, -math.inf):  # isfinite does not take what torch.compile makes of it
         raise ValueError(f"{loss}: {name} is {value}, expected a finite number")
 
 

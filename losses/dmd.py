@@ -165,8 +165,10 @@ def _check_predictions(loss: str, x: Tensor, eps: float, **predictions: Tensor) 
 
 
 def _normalizer(x: Tensor, clean: Tensor, eps: float) -> Tensor:
-    """mean|x - clean| of each sample, at least eps: [B, 1, ...]."""
-    distance = sample_mean((x - clean).abs()).clamp_min(eps)
+    """mean|x - clean| of each sample, at least eps: [B, 1, ...]. NaN where it is infinite: what is divided by infinity
+    would be a gradient of 0."""
+    distance = sample_mean((x - clean).abs())
+    distance = (distance + 0.0 * distance).clamp_min(eps)
     return distance.reshape(-1, *[1] * (x.dim() - 1))
 
 

@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(block)
     __stwb(static_cast<float*>(all ? to.total : to.per_sample) + (all ? 0 : b), float(sqrt(sum)));
   } else {
     const double mean = sum / double(size);
-    // NaN stays NaN: it is not below eps.
-    __stwb(static_cast<float*>(to.per_sample) + b, float(1. / (mean < to.eps ? to.eps : mean)));
+    // NaN stays NaN: it is not below eps. Infinity becomes NaN, by 0 * mean: 1 / infinity would hide it.
+    __stwb(static_cast<float*>(to.per_sample) + b, float(1. / (mean < to.eps ? to.eps : mean) + 0. * mean));
   }
 }
 

@@ -179,6 +179,20 @@ def test_a_cut_graph_is_noticed(cut: str) -> None:
         losses.generator_adversarial_loss(logits, missing_gradient="ignore")
 
 
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_sample_that_is_cut_off_from_a_trainable_discriminator_is_noticed(leaf: bool) -> None:
+    """Its parameters carry a gradient, so that the logits alone do not tell."""
+    discriminator, x = Discriminator(), torch.randn(4, 6, requires_grad=True)
+    x = x if leaf else x * 2
+    losses.generator_adversarial_loss(discriminator(x), sample=x, missing_gradient="error")
+    with pytest.raises(ValueError, match="fake_logits carries no gradient of sample"):
+        losses.generator_adversarial_loss(discriminator(x.detach()), sample=x, missing_gradient="error")
+    with pytest.warns(UserWarning, match="fake_logits carries no gradient of sample"):
+        losses.generator_adversarial_loss(discriminator(x), sample=x.detach())
+    with pytest.raises(TypeError, match="sample is"):
+        losses.generator_adversarial_loss(discriminator(x), sample=3)  # type: ignore[arg-type]
+
+
 def test_a_whole_graph_is_not_complained_about() -> None:
     x = torch.randn(4, requires_grad=True)
     with warnings.catch_warnings():

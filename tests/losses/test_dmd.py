@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from twostep import losses
+from twostep import losses, ops
+from twostep.ops import reference
 
 from .gaussians import Mixture, example, gaussian, kl, normal_quadrature, two_modes
 
@@ -248,8 +249,17 @@ def test_eps_is_not_felt_above_it() -> None:
 
 def test_what_is_not_finite_stays_visible() -> None:
     x, real, fake = torch.randn(3, 2, 5).unbind()
-    for tensors in ((x * math.nan, real, fake), (x, real * math.nan, fake), (x, real, fake * math.inf)):
-        assert not losses.dmd_loss(*tensors).isfinite()
+    for wrong in (math.nan, math.inf):
+        for number in range(3):
+            tensors = [x.clone(), real.clone(), fake.clone()]
+            tensors[number][0, 2] = wrong
+            found = [losses.dmd_gradient(*tensors), ops.dmd_direction(*tensors)]
+            found += [reference.dmd_direction(*tensors), ops.dmd_direction(*(t.repeat(1, 20_000) for t in tensors))]
+            for gradient in found:
+                assert gradient[1].isfinite().all() and not gradient[0].isfinite().all()
+                assert not (gradient[0] == 0).any()
+            assert not losses.dmd_loss(*tensors).isfinite()
+    assert losses.dmd_gradient(x + 3e38, real - 3e38, fake).isnan().all()  # a difference that overflows
 
 
 @pytest.mark.parametrize(

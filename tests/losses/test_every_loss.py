@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from twostep import losses
+
 from .calls import CALLS, Call
+
+
+def _decoupled(x: Tensor, real: Tensor, fake: Tensor, uncond: Tensor, **options: float) -> Tensor:
+    return losses.decoupled_dmd_loss(x, dm_real_clean=real, dm_fake_clean=fake, ca_uncond_clean=uncond, **options)
+
+
+def _divergence(logits: Tensor, **options: float) -> Tensor:
+    return losses.f_divergence_weight(logits[:, 0], "jensen_shannon", **options)
+
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EACH = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
@@ -170,6 +182,28 @@ def test_compiles_in_one_graph(call: Call) -> None:
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize(
+    ("loss", "inputs", "options"),
+    [
+        (losses.self_distillation_loss, 2, [{"sigma": s, "form": "clean"} for s in (0.9, 0.75, 0.5)]),
+        (losses.target_prediction_loss, 3, [{"anchor_sigma": s} for s in (0.9, 0.75, 0.5)]),
+        (losses.dmd_loss, 3, [{"eps": e} for e in (1e-6, 1e-5, 1e-4)]),
+        (_decoupled, 4, [{"guidance": g, "dm_weight": w} for g, w in ((2.0, 1.0), (3.5, 0.5), (1.5, 0.25))]),
+        (_divergence, 1, [{"max_logit": m} for m in (1.0, 2.0, 3.0)]),
+    ],
+    ids=["self_distillation", "target_prediction", "dmd", "decoupled", "f_divergence"],
+)
+def test_compiles_in_one_graph_for_other_numbers_too(
+    loss: Callable[..., Tensor], inputs: int, options: list[dict[str, float]]
+) -> None:
+    """From the second value on torch.compile takes a Python number for a symbol."""
+    torch.compiler.reset()
+    tensors = torch.randn(inputs, 3, 4).unbind()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for numbers in options:
+        torch.testing.assert_close(compiled(*tensors, **numbers), loss(*tensors, **numbers))
+
+
 @EACH
 def test_works_under_func_grad_and_vmap(call: Call) -> None:
     tensors = example(call, torch.float64)
@@ -237,4 +271,4 @@ def test_needs_nothing_else_of_the_library() -> None:
         "print(sorted(m for m in sys.modules if m.startswith('twostep.') and not m.startswith('twostep.losses')))"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown.strip() == "['twostep.version']"
+    assert shown.strip() == "['twostep.graphs', 'twostep.version']"

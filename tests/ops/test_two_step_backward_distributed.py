@@ -117,3 +117,20 @@ def test_a_caller_that_accumulates_without_synchronisation_keeps_its_setting(fin
 
 def test_one_ddp_behind_functions_is_not_left_unreduced(findings: Findings) -> None:
     assert "would not reduce the second backward" in findings["hidden ddp"]
+
+
+def test_a_static_graph_gets_each_backwards_gradients_when_it_runs(findings: Findings) -> None:
+    """Joined, they would arrive after the all-reduce that DistributedDataParallel has counted out, and ranks part."""
+    for kind in ("shared", "separate"):
+        assert findings[f"static {kind} plain None"] == [0.0] * 3
+        assert all(error <= 1e-7 for error in findings[f"static {kind} recompute None"])
+        assert "sync='last' and DistributedDataParallel(static_graph=True)" in findings[f"static {kind} recompute last"]
+    assert findings["static separate retain None"] == [0.0] * 3
+    assert "Use mode='recompute'" in findings["static shared retain None"]
+    assert "pass modules=(module of first, module of second)" in findings["static hidden"]
+
+
+def test_looking_for_unused_parameters_is_refused_where_it_would_lose_a_steps_own(findings: Findings) -> None:
+    assert findings["unused False recompute None"] == 0.0
+    assert findings["unused True plain None"] <= 1e-7 and findings["unused True recompute each"] <= 1e-7
+    assert "Use find_unused_parameters=False" in findings["unused True recompute None"]

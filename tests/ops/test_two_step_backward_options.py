@@ -386,12 +386,94 @@ def test_mistakes_are_named(mode: str, change: dict[str, Any], error: type[Excep
 
 
 @every_mode
-def test_a_frozen_step_one_is_an_error_and_leaves_no_half_of_the_gradients(mode: str) -> None:
+@pytest.mark.parametrize("sync", [None, "last", "each"])
+def test_a_frozen_step_one_is_an_error_and_leaves_no_half_of_the_gradients(mode: str, sync: str | None) -> None:
     net = Steps()
     frozen = Steps().requires_grad_(False)
     with pytest.raises(ValueError, match="first's output has no graph"):
-        _unroll(frozen, net, steps.noise(), mode, sync="last")
+        _unroll(frozen, net, steps.noise(), mode, sync=sync)
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("mode", ["retain", "recompute"])
+def test_a_graph_outside_the_steps_that_both_use_is_explained(mode: str) -> None:
+    net, projection = Steps(), nn.Linear(3, 3)
+
+    def made() -> Callable[[Tensor], Tensor]:
+        context = torch.tanh(projection(torch.ones(3))).mean()
+        return lambda x: net(x + context)
+
+    step = made()
+    with pytest.raises(RuntimeError, match=r"Make it inside each step, or use mode='plain'"):
+        _unroll(step, step, steps.noise(), mode)
+    step = made()
+    _unroll(step, step, steps.noise(), "plain")
+    assert projection.weight.grad is not None
+
+
+class Keeping(Steps):
+    """Projects its context once, and keeps what came out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection, self.kept = nn.Linear(3, 1), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = self.projection(torch.ones(3)) if self.kept is None else self.kept
+        self.kept = context.detach()
+        return super().forward(x + context)
+
+
+def test_verify_names_parameters_that_the_second_run_no_longer_uses() -> None:
+    with pytest.raises(RuntimeError, match=r"first did not use projection\.weight, projection\.bias when it was run"):
+        _unroll(Keeping(), Steps(), steps.noise(), verify=True, first_pass="grad")
+
+
+def test_verify_is_content_with_a_table_that_is_made_on_its_first_use() -> None:
+    class Rotary(Steps):
+        def __init__(self, moving: bool) -> None:
+            super().__init__()
+            self.register_buffer("table", None)
+            self.moving = moving
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.ones(3)
+            elif self.moving:
+                self.table = self.table + 1
+            return super().forward(x)
+
+    _unroll(Rotary(False), Steps(), steps.noise(), verify=True)
+    with pytest.raises(RuntimeError, match="first changes state whenever it runs: table"):
+        _unroll(Rotary(True), Steps(), steps.noise(), verify=True)
+
+
+def test_verify_tells_zeros_of_either_sign_apart() -> None:
+    class Turning(Steps):
+        sign = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.sign = -self.sign
+            return super().forward(x) * 0.0 * self.sign
+
+    with pytest.raises(RuntimeError, match="first gave another output when it was run again"):
+        _unroll(Turning(), Steps(), steps.noise(), verify=True)
+
+
+@every_mode
+def test_an_overflow_at_a_scalers_scale_is_left_to_the_scaler(mode: str) -> None:
+    first, second, eps = Steps(), Steps(), steps.noise()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    huge = lambda x: 1e6 * final_loss(x)  # noqa: E731
+    result = ops.two_step_backward(
+        first, second, eps, SIGMAS, first_loss, huge, mode=mode, scaler=scaler, check_finite=True
+    )
+    assert "inherited_norm" in result.not_finite()
+    optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+    before = [p.detach().clone() for p in first.parameters()]
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() < 1e38 and all(torch.equal(a, b) for a, b in zip(before, first.parameters(), strict=True))
 
 
 @every_mode

@@ -43,6 +43,15 @@ class Net(nn.Module):
         return x
 
 
+class Adapted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.adapters = Net(1, torch.float32), nn.ModuleList(Net(seed, torch.float32) for seed in (2, 3))
+
+    def forward(self, x: Tensor, step: int) -> Tensor:
+        return self.base(x) + self.adapters[step](x)
+
+
 def whole(t: Tensor | None) -> Tensor | None:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
@@ -220,6 +229,49 @@ class Findings:
         except ValueError as error:
             self.found["hidden ddp"] = str(error)
 
+    def static_graph(self) -> None:
+        """DistributedDataParallel that learns how often each parameter arrives: over three iterations."""
+        noise = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(self.rank))
+        for shared in (True, False):
+            plain: dict[int, list[Tensor | None]] = {}
+            for mode, sync in (("plain", None), ("retain", None), ("recompute", None), ("recompute", "last")):
+                nets = [Net(seed, torch.float32) for seed in ((1,) if shared else (1, 2))]
+                modules = [DistributedDataParallel(net, static_graph=True) for net in nets]
+                found: Any = []
+                try:
+                    for turn in range(3):
+                        ops.two_step_backward(
+                            modules[0], modules[-1], noise, SIGMAS, first_loss, final_loss, mode=mode, sync=sync
+                        )
+                        made = gradients(list(modules))
+                        found.append(distance(made, plain.setdefault(turn, made)))
+                except ValueError as error:
+                    found = str(error)
+                self.found[f"static {'shared' if shared else 'separate'} {mode} {sync}"] = found
+        hidden = {"net": [[DistributedDataParallel(Net(1, torch.float32), static_graph=True)]]}
+        step = lambda x, held=hidden: held["net"][0][0](x)  # noqa: E731
+        try:
+            ops.two_step_backward(step, step, noise, SIGMAS, first_loss, final_loss)
+            self.found["static hidden"] = "no error"
+        except ValueError as error:
+            self.found["static hidden"] = str(error)
+
+    def unused_parameters(self) -> None:
+        """An adapter for each step in one DistributedDataParallel that looks for unused parameters."""
+        noise = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(self.rank))
+        results: dict[str, Any] = {}
+        for seeks in (False, True):
+            for mode, sync in (("plain", None), ("recompute", None), ("recompute", "each")):
+                net = DistributedDataParallel(Adapted(), find_unused_parameters=seeks)
+                steps = (lambda x, net=net: net(x, 0)), (lambda x, net=net: net(x, 1))
+                try:
+                    ops.two_step_backward(*steps, noise, SIGMAS, first_loss, final_loss, mode=mode, sync=sync)
+                    results[f"{seeks} {mode} {sync}"] = gradients([net])
+                except (ValueError, RuntimeError) as error:
+                    self.found[f"unused {seeks} {mode} {sync}"] = str(error)
+        for name, result in results.items():
+            self.found[f"unused {name}"] = distance(result, results["False plain None"])
+
 
 def main() -> None:
     rank, world, store = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -234,6 +286,8 @@ def main() -> None:
         findings.options(kind)
     findings.functions_need_modules()
     findings.ddp_that_accumulates()
+    findings.static_graph()
+    findings.unused_parameters()
     dist.barrier()
     dist.destroy_process_group()
     if rank == 0:

@@ -92,7 +92,9 @@ class Guidance:
                 real_logits = self.discriminator(noised(real, sigma, noise), sigma, context)
         with frozen(self.discriminator.trainable_parameters()):
             logits = self.discriminator(noised(x, sigma, noise), sigma, context)
-        loss = losses.generator_adversarial_loss(logits, real_logits, kind=self.kind, missing_gradient="error")
+        loss = losses.generator_adversarial_loss(
+            logits, real_logits, kind=self.kind, sample=x, missing_gradient="error"
+        )
         return self.weights.generator_gan * loss, {"fake_logit": logits.detach().mean()}
 
     def train_fake_score(self, x: Tensor, context: Context, streams: Streams) -> tuple[Tensor, Metrics]:

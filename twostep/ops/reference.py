@@ -198,4 +198,5 @@ def dmd_direction(x: Tensor, real_clean: Tensor, fake_clean: Tensor, *, eps: flo
     p_real = x.detach().to(wide) - real_clean.detach().to(wide)
     p_fake = x.detach().to(wide) - fake_clean.detach().to(wide)
     normaliser = p_real.abs() if x.dim() == 1 else p_real.abs().mean(tuple(range(1, x.dim())), keepdim=True)
+    normaliser = normaliser + 0.0 * normaliser  # an infinite one is NaN: dividing by it would hide it
     return ((p_real - p_fake) / normaliser.clamp_min(eps)).to(accumulation_dtype(x))

@@ -406,8 +406,10 @@ def stash(*, min_bytes: int = 1 << 20, ahead: int = 2, keep: Iterable[Tensor] = 
                 loss = model(batch)      # blocks under torch.utils.checkpoint: their inputs leave the device
             loss.backward()              # and come back in time
 
-    Gradients are the same bits as without it. Host buffers are pinned and serve every iteration; `held.bytes` is what
-    is held at the moment, `held.peak_bytes` the most so far, `held.pooled_bytes` what waits to be used again.
+    Gradients are the same bits as without it; but a storage that is saved again while it waits is taken for the same
+    one if its version is, so that what is rewritten past PyTorch, through NumPy or `.data`, is not noticed. Host
+    buffers are pinned and serve every iteration; `held.bytes` is what is held at the moment, `held.peak_bytes` the most
+    so far, `held.pooled_bytes` what waits to be used again.
 
     Args:
         min_bytes: a storage smaller than this stays. A copy costs two launches and two events each way, and one of less

@@ -46,6 +46,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twostep.graphs import nodes
+
 from .arguments import as_samples, from_samples, shape_text, widest
 from .euler_step import euler_step
 from .two_step_arguments import check_arguments, check_numbers, check_scaler, generators_of, modules_of_steps, velocity
@@ -57,13 +59,13 @@ from .two_step_gradients import (
     Sync,
     Waiting,
     last_backward,
-    reaches,
+    outer_graphs_explained,
     root_gradient,
     second_backward,
     split,
 )
 from .two_step_offload import Held
-from .two_step_replay import OP, Conditions, StateWatch, Step, check_replay, reachable
+from .two_step_replay import OP, Conditions, StateWatch, Step, check_leaves, check_replay, reachable
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -128,10 +130,10 @@ def two_step_backward(
         scaler: a torch.amp.GradScaler, applied to the gradients; losses, norm and clip are without its scale.
         generators: every torch.Generator that `first` draws from, besides torch's own.
         first_pass: "no_grad", or "grad" for steps whose program rounds differently without a graph. For recompute.
-        verify: compare what `first` gives the second time, bit for bit, and raise RuntimeError that names what differs.
-            For recompute; waits for the device.
+        verify: compare what `first` gives the second time, bit for bit, and raise RuntimeError that names what differs;
+            with first_pass="grad" also that both runs reach the same parameters. For recompute; waits for the device.
         check_finite: raise FloatingPointError, naming it, if a loss or the inherited gradient is not finite; waits for
-            the device.
+            the device. With a scaler, losses alone: a gradient that overflows at its scale is the scaler's to skip.
         offload: keep what waits between the backwards in pinned host memory.
         sync: "last" accumulates and reduces gradients once, in the second backward, "each" in both; None chooses "each"
             for FSDP2 and for steps that share no parameters, else "last".
@@ -143,7 +145,7 @@ def two_step_backward(
     replayed = generators_of(generators)
     first_owners, second_owners = modules_of_steps(first, second, modules)
     uses = first_owners or reachable(first)
-    policy = Sync(sync, mode, first_owners, second_owners, uses)
+    policy = Sync(sync, mode, first_owners, second_owners, uses, second_owners or reachable(second))
     unroll = _Unroll(
         first,
         second,
@@ -151,7 +153,7 @@ def two_step_backward(
         mid,
         first_loss,
         final_loss,
-        Inheritance(mid, float(inherit), clip, check_finite),
+        Inheritance(mid, float(inherit), clip, check_finite and scaler is None),
         float(loss_scale),
         scaler,
         check_finite,
@@ -162,6 +164,8 @@ def two_step_backward(
     if mode == "retain" or final_loss is None:  # without a final loss, second keeps nothing that first's graph adds to
         return _retain(unroll, policy, held)
     conditions = Conditions.capture(noise.device, replayed)
+    if uses and not any(p.requires_grad for module in uses for p in module.parameters()):
+        first_pass = "grad"  # which costs nothing where all is frozen, and says so before step 2 leaves a gradient
     return _recompute(unroll, policy, held, conditions, uses, first_pass, verify)
 
 
@@ -216,9 +220,9 @@ class _Unroll:
         return loss, root
 
     def _loss(self, name: str, function: Loss, image: Tensor) -> Tensor:
-        nodes = [image.grad_fn]
+        made_by = [image.grad_fn]
         loss = function(image)
-        nodes.append(image.grad_fn)  # another one if the loss changes the image in place
+        made_by.append(image.grad_fn)  # another one if the loss changes the image in place
         if not isinstance(loss, Tensor):
             raise TypeError(f"{OP}: {name} returned {type(loss).__name__}, expected a scalar tensor")
         if loss.numel() != 1 or not loss.is_floating_point():
@@ -230,7 +234,7 @@ class _Unroll:
             raise ValueError(
                 f"{OP}: {name} returned a tensor without a graph: it detaches the image, or runs under no_grad"
             )
-        if not reaches(loss, nodes):
+        if not any(node is maker for node in nodes([loss]) for maker in made_by):
             raise ValueError(
                 f"{OP}: {name} does not depend on the image that it was given: it detaches the image, or looks at it "
                 "under no_grad, and nothing would reach the steps"
@@ -293,7 +297,7 @@ def _recompute(
     verify: bool,
 ) -> TwoStepResult:
     watch = StateWatch(uses) if verify else None
-    leaves = None
+    leaves: list[Tensor] | None = None
     with torch.no_grad() if first_pass == "no_grad" else nullcontext():
         v0 = unroll.run_first()
         if first_pass == "grad":
@@ -310,8 +314,11 @@ def _recompute(
     torch.clear_autocast_cache()
     with conditions.again():
         again = unroll.run_first()
-    if verify:
+    if watch is not None:
+        changed += watch.still_changing()
         check_replay(held.take("v0"), again.detach(), changed, first_pass, bool(uses))
+        if leaves is not None:
+            check_leaves(leaves, Graph.of(again).leaves, uses)
     return _first_half(unroll, held, *unroll.split(again), waiting, final_loss)
 
 
@@ -346,5 +353,6 @@ def _first_half(
     roots = [] if first is None else [first]
     if held.has(INHERITED):
         roots.append((z, held.take(INHERITED)))
-    last_backward(roots, waiting)
+    with outer_graphs_explained():
+        last_backward(roots, waiting)
     return unroll.result(z.detach(), held.take("x"), x_A.detach(), first and first[0], final_loss)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointFunction
 
+from twostep.graphs import is_leafs, nodes
+
 from .gradient_norms import gradient_norms
 from .two_step_replay import OP
 from .two_step_split import inject_gradient, two_step_split
@@ -107,38 +109,24 @@ class Graph:
 
     leaves: list[Tensor] = field(default_factory=list)
     sharded: bool = False  # FSDP2 reduces gradients from within this graph
+    static: bool = False  # DistributedDataParallel(static_graph=True) has begun to learn this graph
+    seekers: list[nn.Module] = field(default_factory=list)  # DistributedDataParallel(find_unused_parameters=True)
     reentrant: bool = False  # a reentrant checkpoint, which refuses autograd.grad
 
     @classmethod
     def of(cls, *outputs: Tensor) -> Graph:
-        graph, seen, pending = cls(), set(), [output.grad_fn for output in outputs]
-        while pending:
-            node = pending.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if type(node).__name__ == "AccumulateGrad":
-                leaf: Any = node
-                graph.leaves.append(leaf.variable)
+        graph = cls()
+        for node in nodes(outputs):
+            if is_leafs(node):
+                graph.leaves.append(node.variable)
             maker = getattr(type(node), "_forward_cls", None)
             graph.sharded |= maker is not None and maker.__module__.startswith("torch.distributed.fsdp")
             graph.reentrant |= maker is CheckpointFunction
-            pending += [parent for parent, _ in node.next_functions]
+            if maker is not None and maker.__name__ == "_DDPSink" and (ddp := node.ddp_weakref()) is not None:
+                graph.static |= ddp.static_graph
+                if ddp.find_unused_parameters and not ddp.static_graph:
+                    graph.seekers.append(ddp)
         return graph
-
-
-def reaches(output: Tensor, targets: Sequence[Any]) -> bool:
-    """Whether one of these nodes is in the output's graph."""
-    seen, pending = set(), [output.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        if any(node is target for target in targets):
-            return True
-        seen.add(node)
-        pending += [parent for parent, _ in node.next_functions]
-    return False
 
 
 @contextmanager
@@ -160,11 +148,40 @@ def trainable(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 def last_backward(roots: list[Root], waiting: Waiting | None) -> None:
     """From the roots, and from what waits, into `.grad`."""
-    leaves = Graph.of(*(tensor for tensor, _ in roots)).leaves
-    with trainable([*leaves, *(waiting.leaves if waiting else ())]):
+    graph = Graph.of(*(tensor for tensor, _ in roots))
+    if waiting is not None:
+        _check_seekers(graph, waiting.leaves)
+    with trainable([*graph.leaves, *(waiting.leaves if waiting else ())]):
         if waiting is not None:
             roots = [*roots, waiting.root()]
         torch.autograd.backward([tensor for tensor, _ in roots], [gradient for _, gradient in roots])
+
+
+@contextmanager
+def outer_graphs_explained() -> Iterator[None]:
+    """For step 1's backward after step 2's: what autograd says of a graph that both reach, in terms of the steps."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{OP}: both steps use a tensor that was made with a graph outside of them, or was kept from the one to "
+            "the other (a projected context, a weight in parametrize.cached), and its graph is gone after step 2's "
+            "backward. Make it inside each step, or use mode='plain'"
+        ) from error
+
+
+def _check_seekers(graph: Graph, waiting: Sequence[Tensor]) -> None:
+    """ValueError where DistributedDataParallel believes of what step 2 alone uses that it never receives a gradient."""
+    used = {id(leaf) for leaf in graph.leaves}
+    late = {id(leaf) for leaf in waiting if id(leaf) not in used}
+    if late and any(id(p) in late for ddp in graph.seekers for p in ddp.parameters()):
+        raise ValueError(
+            f"{OP}: DistributedDataParallel(find_unused_parameters=True), and parameters that step 2 alone uses: it "
+            "gave them up when step 1 ran. Use find_unused_parameters=False, with which all that either step uses is "
+            "reduced once; or mode='recompute' with sync='each'"
+        )
 
 
 @dataclass(frozen=True)
@@ -179,10 +196,12 @@ class Sync:
     first_owners: tuple[nn.Module, ...]
     second_owners: tuple[nn.Module, ...]
     first_uses: tuple[nn.Module, ...]
+    second_uses: tuple[nn.Module, ...]
 
     def join(self, graph: Graph, first_leaves: Sequence[Tensor] | None) -> bool:
         """Whether step 2's gradients wait for step 1's. first_leaves: the leaves of step 1's graph, if it is known."""
-        possible = not (graph.sharded or graph.reentrant)
+        static = self._static_graph(graph)
+        possible = not (graph.sharded or graph.reentrant or static)
         if possible and self.policy == "last":
             return True
         if first_leaves is None:
@@ -195,10 +214,29 @@ class Sync:
             raise ValueError(
                 f"{OP}: sync={self.policy!r} with mode='retain' and parameters that both steps share: "
                 "DistributedDataParallel reduces once for each forward, and would not reduce the second backward. Use "
-                "sync='last', or mode='recompute'"
+                + ("mode='recompute'" if static else "sync='last', or mode='recompute'")
                 + ("; and checkpoint with use_reentrant=False" if graph.reentrant else "")
             )
         return False
+
+    def _static_graph(self, graph: Graph) -> bool:
+        """Whether a step is in DistributedDataParallel(static_graph=True), which counts how often each parameter
+        arrives, and would reduce before the gradients that wait are there."""
+        from torch.nn.parallel import DistributedDataParallel
+
+        seen = {part for module in (*self.first_uses, *self.second_uses) for part in module.modules()}
+        static = any(isinstance(part, DistributedDataParallel) and part.static_graph for part in seen)
+        if graph.static and not static and self.policy != "each":
+            raise ValueError(
+                f"{OP}: a step is a function around DistributedDataParallel(static_graph=True), which shows on its "
+                "first iteration only: pass modules=(module of first, module of second)"
+            )
+        if static and self.policy == "last":
+            raise ValueError(
+                f"{OP}: sync='last' and DistributedDataParallel(static_graph=True), which expects each backward's "
+                "gradients when it runs: leave static_graph out, or use sync='each' with mode='recompute'"
+            )
+        return static
 
     def _shared_modules(self) -> list[nn.Module]:
         second = {id(module) for owner in self.second_owners for module in owner.modules()}

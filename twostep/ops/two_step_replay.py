@@ -132,6 +132,7 @@ class StateWatch:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = tuple(modules)
+        self._new: dict[str, Tensor] = {}
         self._before = {name: buffer.detach().clone() for name, buffer in self._buffers().items()}
 
     def _buffers(self) -> dict[str, Tensor]:
@@ -142,18 +143,44 @@ class StateWatch:
         }
 
     def changed(self) -> list[str]:
+        """Those that are other than before; what was made since, such as a table on its first use, is noted."""
         now = self._buffers()
-        names = [name for name in self._before if name not in now]
-        for name, buffer in now.items():
-            before = self._before.get(name)
-            if before is None or before.shape != buffer.shape or bool(differences(before, buffer).any()):
-                names.append(name)
-        return names
+        self._new = {name: buffer.detach().clone() for name, buffer in now.items() if name not in self._before}
+        gone = [name for name in self._before if name not in now]
+        return gone + [name for name, before in self._before.items() if name in now and _differ(before, now[name])]
+
+    def still_changing(self) -> list[str]:
+        """Of what was noted, what has changed again."""
+        now = self._buffers()
+        return [name for name, buffer in self._new.items() if name not in now or _differ(buffer, now[name])]
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return a.shape != b.shape or a.dtype != b.dtype or bool(differences(a, b).any())
 
 
 def differences(a: Tensor, b: Tensor) -> Tensor:
-    """Where two tensors of one shape differ; a NaN equals a NaN."""
-    return (a != b) & ~(a.isnan() & b.isnan())
+    """Where two tensors of one shape and dtype differ in their bits; a NaN equals a NaN."""
+    if a.is_complex():
+        return differences(torch.view_as_real(a), torch.view_as_real(b)).any(-1)
+    if not a.is_floating_point():
+        return a != b
+    return (a != b) & ~(a.isnan() & b.isnan()) | (a == 0) & (b == 0) & (a.signbit() != b.signbit())
+
+
+def check_leaves(before: Sequence[Tensor], after: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
+    """RuntimeError unless both runs of step 1 reached the same parameters."""
+    kept = {id(leaf) for leaf in after}
+    lost = [leaf for leaf in before if id(leaf) not in kept]
+    if not lost:
+        return
+    names = {id(p): name for module in modules for name, p in module.named_parameters()}
+    named = ", ".join(names.get(id(leaf), f"a leaf of shape {list(leaf.shape)}") for leaf in lost[:5])
+    more = ", ..." if len(lost) > 5 else ""
+    raise RuntimeError(
+        f"{OP}: first did not use {named}{more} when it was run again, and they would receive no gradient of it: it "
+        "keeps what it has computed of them. mode='retain' runs it once"
+    )
 
 
 def check_replay(before: Tensor, after: Tensor, changed: Sequence[str], first_pass: str, watched: bool) -> None:
