@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -19,12 +20,27 @@ COLOURS = ("#2a6fbb", "#d1495b", "#3a7d44", "#8d5a97", "#e08d2c", "#5b6770", "#1
 
 
 def side_by_side(rows: Mapping[str, Tensor], captions: Sequence[str]) -> Image.Image:
-    """A row of images [n, 3, H, W] in [-1, 1] for each subject, of the same captions and seeds; captions come last."""
-    names, images = list(rows), torch.stack(list(rows.values()))  # [subjects, n, 3, H, W]
+    """A row of images [n, 3, H, W] in [-1, 1] for each subject, of the same captions and seeds; captions come last.
+    Smaller images are enlarged to the largest ones' size."""
+    names, images = list(rows), torch.stack(_of_one_size(list(rows.values())))  # [subjects, n, 3, H, W]
     scale = -(-NARROWEST // images.shape[-1])  # cells are as wide with captions as without
     sheets = [contact_sheet(row, columns=len(row), scale=scale) for row in images[:-1]]
     sheets.append(contact_sheet(images[-1], columns=len(captions), captions=list(captions), scale=scale))
     return _stacked(names, sheets)
+
+
+def _of_one_size(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Without smoothing, as a sheet enlarges, and in their own proportions: what is left over is paper."""
+    height, width = (max(row.shape[axis] for row in rows) for axis in (-2, -1))
+
+    def fitted(row: Tensor) -> Tensor:
+        scale = min(height / row.shape[-2], width / row.shape[-1])
+        size = (round(row.shape[-2] * scale), round(row.shape[-1] * scale))
+        larger = F.interpolate(row, size, mode="nearest-exact")
+        left, top = (width - size[1]) // 2, (height - size[0]) // 2
+        return F.pad(larger, (left, width - size[1] - left, top, height - size[0] - top), value=1.0)
+
+    return [fitted(row) for row in rows]
 
 
 def _stacked(names: Sequence[str], sheets: Sequence[Image.Image]) -> Image.Image:
@@ -52,7 +68,7 @@ def scatter(measured: Sequence[Measured], metric: str, across: str, label: str) 
         error = [[max(0.0, interval.value - interval.low)], [max(0.0, interval.high - interval.value)]]
         colour = COLOURS[number % len(COLOURS)]
         axes.errorbar([x], [interval.value], yerr=error, fmt="o", color=colour, capsize=3, label=row.name)
-    real = next((row.metrics[metric].value for row in measured if row.steps is None and metric in row.metrics), None)
+    real = next((row.metrics[metric].value for row in measured if row.real and metric in row.metrics), None)
     if real is not None:
         axes.axhline(real, color="#999999", linewidth=1, linestyle="--", label="real images")
     axes.set_xscale("log")

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..zoo import TextToImage
-    from .report import Report
+    from .report import Picture, Report
     from .speed import Speed
     from .study import Judge
     from .subjects import Drawn, Order, Subject
 
-FAULT = 2
+FAULT, INTERRUPTED = 2, 130
 STREAM = 0x7E57  # of the miniature's captions and real images; what settings are chosen by is another
 SHOWN = 8  # images of a row
 CURVES = {"losses": "_loss", "gradients": "_gradient_norm"}  # of a run's numbers, by how their names end
@@ -73,12 +73,18 @@ def run(args: argparse.Namespace) -> int:
         if len(set(names)) < len(names):
             raise ValueError(f"two subjects are called {max(names, key=names.count)!r}; name them: NAME=WHERE")
         report = study(subjects, Settings.of(args))
+        print(report.text(), end="")
+        for path in report.write(args.out):
+            print(path)
+    except KeyboardInterrupt:
+        print(
+            f"\ntwostep evaluate: interrupted; the same command goes on from what {args.out / 'drawn'} holds",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
     except (ValueError, OSError) as error:
         print(f"twostep evaluate: {error}", file=sys.stderr)
         return FAULT
-    print(report.text(), end="")
-    for path in report.write(args.out):
-        print(path)
     return 0
 
 
@@ -132,9 +138,7 @@ def study(subjects: list[Subject], settings: Settings, **facts: Any) -> Report:
     """
     import torch
 
-    from ..progress import counter
-    from .report import Picture, Report
-    from .speed import speeds
+    from .report import Report
     from .study import measure, variety_order
     from .subjects import Order
 
@@ -143,17 +147,14 @@ def study(subjects: list[Subject], settings: Settings, **facts: Any) -> Report:
     captions = _captions(settings)
     order = Order(tuple(captions), tuple(range(len(captions))), settings.size, settings.batch)
     varied = variety_order(order, settings.captions, settings.seeds)
-    kept = settings.out / "drawn"
-    drawn: dict[str, tuple[Drawn, Drawn | None]] = {}
-    timed: dict[str, Speed] = {}
-    with counter("images", len(subjects) * (len(order) + len(varied))) as advance:
-        for together in [[subject] for subject in subjects] if settings.apart else [subjects]:
-            models = {s.name: s.load(dtype=dtype, device=device) for s in together if not s.images}
-            drawn |= {s.name: _drawn(s, models, order, varied, dtype, kept, advance) for s in together}
-            timed |= speeds(models, order)
-            del models
-    judge, real = _judge(settings, device)
-    rows = [] if real is None else [measure("real images", real, None, judge, resamples=settings.resamples)]
+    if len(set(varied.captions)) < 2 and not all(subject.images for subject in subjects):
+        raise ValueError(
+            f"the first {len(order)} prompts of {settings.prompts} are all {captions[0]!r}: variety is measured on at "
+            f"least 2 different prompts; give others, or more --images"
+        )
+    drawn, timed = _draw(subjects, order, varied, settings, dtype, device)
+    judge, real, notes = _judge(settings, device)
+    rows = [] if real is None else [measure("real images", real, None, judge, real=True, resamples=settings.resamples)]
     for subject in subjects:
         quality, variety = drawn[subject.name]
         facts_of = {"where": subject.where, **subject.settings}
@@ -167,31 +168,79 @@ def study(subjects: list[Subject], settings: Settings, **facts: Any) -> Report:
             **facts_of,
         )
         rows.append(measured)
-    same = {name: one.pixels(slice(0, SHOWN)) for name, (one, _) in drawn.items() if one.captions == captions}
-    many = {name: two.pixels(slice(0, SHOWN)) for name, (_, two) in drawn.items() if two is not None}
-    pictures = []
-    if same:
-        says = "A column is one caption from one noise."
-        pictures.append(Picture("The same captions and seeds", says, _grid(same, captions[:SHOWN])))
-    if many:
-        says = "One caption from different noises: how much is left open, and used."
-        pictures.append(Picture("One caption, many seeds", says, _grid(many, list(varied.captions[:SHOWN]))))
     several = f"{len(varied) // settings.seeds} captions with {settings.seeds} seeds each"
     summary = f"{len(order)} captions, and {several}, on {device}."
+    features = f"{judge.features.name} cell" if settings.is_miniature else judge.features.name
+    how = {"settings": vars(settings), "features": features, "versions": _versions(), "device": device}
     return Report(
         settings.title,
         summary,
         rows,
-        pictures,
+        _pictures(drawn, captions, varied.captions),
         {s.name: found for s in subjects if s.run is not None and (found := _curves(s.run))},
-        {"settings": vars(settings), "versions": _versions(), "device": device, "dtype": str(dtype), **facts},
+        {**how, "dtype": str(dtype), **facts},
+        features=features,
+        notes=notes,
     )
 
 
-def _grid(rows: Mapping[str, Any], captions: list[str]) -> Any:
-    from .charts import side_by_side
+def _draw(
+    subjects: Sequence[Subject], order: Order, varied: Order, settings: Settings, dtype: Any, device: str
+) -> tuple[dict[str, tuple[Drawn, Drawn | None]], dict[str, Speed]]:
+    """What each subject draws of both orders, and how fast; folders first, so that their mistakes are told at once."""
+    from ..progress import counter
+    from .speed import speeds
+    from .subjects import draw_once
 
-    return side_by_side(dict(rows), captions)
+    models = [subject for subject in subjects if not subject.images]
+    found: dict[str, tuple[Drawn, Drawn | None]]
+    found = {subject.name: (_read(subject, len(order)), None) for subject in subjects if subject.images}
+    timed: dict[str, Speed] = {}
+    with counter("images", len(models) * (len(order) + len(varied))) as advance:
+
+        def together(some: Sequence[Subject]) -> None:
+            loaded = {subject.name: subject.load(dtype=dtype, device=device) for subject in some}
+            for subject in some:
+                load = partial(loaded.__getitem__, subject.name)
+                quality, variety = draw_once(
+                    subject, load, (order, varied), settings.out / "drawn", dtype=dtype, advance=advance
+                )
+                found[subject.name] = quality, variety
+            timed.update(speeds(loaded, order))
+
+        for some in [[model] for model in models] if settings.apart else [models]:
+            together(some)
+    return {subject.name: found[subject.name] for subject in subjects}, timed
+
+
+def _read(subject: Subject, count: int) -> Drawn:
+    from .subjects import check_captions, read_images
+
+    paths = subject.images
+    if len(paths) < count:
+        raise ValueError(f"{subject.where} has {len(paths)} images, and --images is {count}")
+    read = read_images(paths[:count])
+    check_captions(read, subject.where)
+    return read
+
+
+def _pictures(
+    drawn: Mapping[str, tuple[Drawn, Drawn | None]], captions: list[str], varied: Sequence[str]
+) -> list[Picture]:
+    from .charts import side_by_side
+    from .report import Picture
+
+    some = slice(0, SHOWN)
+    same = {name: one.pixels(some) for name, (one, _) in drawn.items() if one.captions == captions}
+    many = {name: two.pixels(some) for name, (_, two) in drawn.items() if two is not None}
+    pictures = []
+    if same:
+        says = "A column is one caption from one noise."
+        pictures.append(Picture("The same captions and seeds", says, side_by_side(same, captions[some])))
+    if many:
+        says = "One caption from different noises: how much is left open, and used."
+        pictures.append(Picture("One caption, many seeds", says, side_by_side(many, varied[some])))
+    return pictures
 
 
 def _captions(settings: Settings) -> list[str]:
@@ -207,14 +256,14 @@ def _captions(settings: Settings) -> list[str]:
     return samples(settings.stream, 0, settings.images).captions
 
 
-def _judge(settings: Settings, device: str) -> tuple[Judge, Drawn | None]:
-    """The judge, and real images to be judged as well, where there are enough of them."""
+def _judge(settings: Settings, device: str) -> tuple[Judge, Drawn | None, list[str]]:
+    """The judge; real images to be judged as well, where there are enough of them; and a note where there are not."""
     import torch
 
     from .alignment import load_clip_score, load_vqa_score
     from .features import MiniatureFeatures, load_features
     from .study import Judge, features_of
-    from .subjects import IMAGES, Drawn, read_images, to_bytes
+    from .subjects import Drawn, check_captions, images_in, read_images, to_bytes
 
     count = settings.images
     scores: dict[str, Callable[..., Any]] = {}
@@ -227,49 +276,37 @@ def _judge(settings: Settings, device: str) -> tuple[Judge, Drawn | None]:
     if not settings.is_miniature:
         assert settings.reference is not None and settings.features is not None
         network = load_features(settings.features, device=device)
-        paths = sorted(path for path in settings.reference.rglob("*") if path.suffix.lower() in IMAGES)
+        paths = images_in(settings.reference)
         if len(paths) < count:
             raise ValueError(f"{settings.reference} has {len(paths)} images, and --images is {count}: give as many")
         real = features_of(read_images(paths[:count]), network)
-        rest = read_images(paths[count : 2 * count]) if len(paths) >= 2 * count else None
-        return Judge(network, network, _named(scores), real), rest
+        judge = Judge(network, network, _named(scores), real)
+        if len(paths) < 2 * count:
+            found = f"{settings.reference} has {len(paths)} images, and 2 x --images = {2 * count} are needed"
+            return judge, None, [f"no row of real images: {found}"]
+        rest = read_images(paths[count : 2 * count])
+        check_captions(rest, settings.reference)
+        return judge, rest, []
     from ..zoo.miniature import claims_of, detector, samples
 
     seeing = detector.load()
 
     def seen(images: Any, captions: Any) -> dict[str, Any]:
+        if captions is None:
+            return {"psnr": detector.check(seeing, images, claims_of([""] * len(images))).psnr}
         found = detector.check(seeing, images, claims_of(captions))
         return {"aligned": found.aligned.double(), "psnr": found.psnr, **_named(scores)(images, captions)}
 
     each = MiniatureFeatures(seeing, "each")
     reals = [samples(settings.stream, start, count) for start in (count, 2 * count)]
     first, second = (Drawn(to_bytes(one.images), one.captions) for one in reals)
-    return Judge(each, each, seen, features_of(first, each), each.cells_of), second
+    return Judge(each, each, seen, features_of(first, each), each.cells_of), second, []
 
 
 def _named(scores: Mapping[str, Callable[..., Any]]) -> Callable[..., dict[str, Any]]:
-    return lambda images, captions: {name: score(images, captions) for name, score in scores.items()}
-
-
-def _drawn(
-    subject: Subject,
-    models: Mapping[str, TextToImage],
-    order: Order,
-    varied: Order,
-    dtype: Any,
-    kept: Path,
-    advance: Callable[[int], object],
-) -> tuple[Drawn, Drawn | None]:
-    from .subjects import draw_once, read_images
-
-    if paths := subject.images:
-        advance(len(order) + len(varied))
-        if len(paths) < len(order):
-            raise ValueError(f"{subject.where} has {len(paths)} images, and --images is {len(order)}")
-        return read_images(paths[: len(order)]), None
-    model = models[subject.name]
-    quality, variety = draw_once(subject, lambda: model, (order, varied), kept, dtype=dtype, advance=advance)
-    return quality, variety
+    return lambda images, captions: (
+        {} if captions is None else {name: score(images, captions) for name, score in scores.items()}
+    )
 
 
 def _curves(run: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:

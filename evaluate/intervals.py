@@ -11,7 +11,7 @@ and `recentre` puts it around the value.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Interval:
     low: float
     high: float
     confidence: float
+    drawn: tuple[float, ...] = field(default=(), repr=False, compare=False)  # resampled values; none: a value alone
 
     def __str__(self) -> str:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
@@ -74,7 +75,28 @@ def bootstrap(
     tail = (1 - confidence) / 2
     low, middle, high = torch.quantile(drawn, torch.tensor([tail, 0.5, 1 - tail], dtype=torch.float64)).tolist()
     shift = value - middle if recentre else 0.0
-    return Interval(value, low + shift, high + shift, confidence)
+    return Interval(value, low + shift, high + shift, confidence, tuple((drawn + shift).tolist()))
+
+
+def combined(function: Callable[..., float], *intervals: Interval) -> Interval:
+    """A function of several statistics. Their resamples are taken for the same draws, which they are where as many rows
+    were drawn by generators of equal states: what is common to the statistics does not widen the interval.
+
+    Intervals without resampled values count as exact. Where the function gives infinity in a resample, the interval may
+    end there.
+    """
+    value, confidence = function(*(one.value for one in intervals)), intervals[0].confidence
+    counts = {len(one.drawn) for one in intervals if one.drawn}
+    if not counts:
+        return Interval(value, value, value, confidence)
+    if len(counts) > 1:
+        raise ValueError(f"combined: the intervals have {sorted(counts)} resamples, expected as many each")
+    (count,) = counts
+    columns = [one.drawn or (one.value,) * count for one in intervals]
+    drawn = sorted(function(*values) for values in zip(*columns, strict=True))
+    tail = (1 - confidence) / 2
+    low, high = (drawn[round(share * (count - 1))] for share in (tail, 1 - tail))
+    return Interval(value, low, high, confidence, tuple(drawn))
 
 
 def _draw(count: int, members: list[Tensor] | None, generator: torch.Generator, device: torch.device) -> Tensor:

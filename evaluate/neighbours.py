@@ -61,13 +61,24 @@ def neighbour_metrics(real: Tensor, fake: Tensor, *, k: int = 5, rows: int = 102
     )
 
 
-def balls_around(real: Tensor, fake: Tensor, *, k: int = 5, rows: int = 1024) -> tuple[Tensor, Tensor]:
-    """Precision, density and coverage image by image, to draw some of them again: whether each fake image is precise
-    [M], and which open balls of real images it lies in [M, N], both bool."""
+@dataclass(frozen=True)
+class Balls:
+    """The metrics image by image, to draw some of the fake ones again; all bool."""
+
+    precise: Tensor  # [M]: whether a fake image lies in a real one's ball
+    inside: Tensor  # [M, N]: which open balls of real images it lies in
+    holds: Tensor  # [M, N]: which real images lie in its own ball, whose radius is that among all M
+
+
+def balls_around(real: Tensor, fake: Tensor, *, k: int = 5, rows: int = 1024) -> Balls:
     real, fake = real.detach().double(), fake.detach().to(real.device, torch.float64)
-    reach = radii(real, k, rows)
-    parts = [distance for _, distance in distances(fake, real, rows)]
-    return torch.cat([(part <= reach).any(1) for part in parts]), torch.cat([part < reach for part in parts])
+    reach, own = radii(real, k, rows), radii(fake, k, rows)
+    precise, inside, holds = [], [], []
+    for start, distance in distances(fake, real, rows):
+        precise.append((distance <= reach).any(1))
+        inside.append(distance < reach)
+        holds.append(distance <= own[start : start + rows, None])
+    return Balls(torch.cat(precise), torch.cat(inside), torch.cat(holds))
 
 
 def radii(features: Tensor, k: int, rows: int = 1024) -> Tensor:

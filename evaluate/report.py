@@ -34,6 +34,11 @@ class Verdict:
     asked: str
     found: str
     met: bool
+    sure: bool = True  # the interval of what was found lies on one side of the bar
+
+    @property
+    def said(self) -> str:
+        return ("met" if self.met else "missed") + ("" if self.sure else ", and the interval holds the bar")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Report:
     training: Mapping[str, Mapping[str, Mapping[str, charts.Curve]]] = field(default_factory=dict)  # run, plot, line
     settings: Mapping[str, Any] = field(default_factory=dict)
     verdicts: Sequence[Verdict] = ()
+    features: str = ""  # the network that Frechet distance, precision and the like are of
+    notes: Sequence[str] = ()  # a line each, below the table
 
     def write(self, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,9 +77,8 @@ class Report:
         plots = [
             charts.scatter(self.measured, metric, across, label)
             for metric in ("frechet", "aligned", "clip_score", "diversity")
-            if any(metric in row.metrics for row in self.measured)
             for across, label in (("evaluations", "evaluations of the network"), ("seconds", "seconds an image"))
-            if any(getattr(row, across) is not None for row in self.measured)
+            if any(metric in row.metrics and getattr(row, across) is not None for row in self.measured)
         ]
         text: str = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
             title=self.title,
@@ -80,6 +86,7 @@ class Report:
             verdicts=self.verdicts,
             heads=self._heads(),
             rows=[self._cells(row) for row in self.measured],
+            notes=self.notes,
             pictures=[
                 {"title": p.title, "says": p.says, "data": base64.b64encode(charts.png(p.image)).decode()}
                 for p in self.pictures
@@ -94,7 +101,7 @@ class Report:
         return text
 
     def text(self) -> str:
-        """The table for a terminal."""
+        """The table for a terminal, and the notes."""
         rows = [[head["title"] for head in self._heads()]]
         rows += [[cell["text"] for cell in self._cells(row)] for row in self.measured]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -104,13 +111,14 @@ class Report:
             )
             for r in rows
         ]
-        return "\n".join(line.rstrip() for line in lines) + "\n"
+        return "".join(f"{line.rstrip()}\n" for line in [*lines, *self.notes])
 
     def facts(self) -> dict[str, Any]:
         return {
             "title": self.title,
             "settings": json.loads(json.dumps(dict(self.settings), default=str)),
-            "measured": [asdict(row) for row in self.measured],
+            "notes": list(self.notes),
+            "measured": [_facts_of(row) for row in self.measured],
             "verdicts": [asdict(verdict) for verdict in self.verdicts],
         }
 
@@ -168,7 +176,8 @@ class Report:
         arrows = {"less": "smaller is better", "more": "larger is better"}
         for name in self._present():
             metric = METRICS[name]
-            heads.append({"title": metric.title, "says": f"{metric.says}; {arrows[metric.better]}"})
+            of = f" (features: {self.features})" if name == "frechet" and self.features else ""
+            heads.append({"title": metric.title, "says": f"{metric.says}{of}; {arrows[metric.better]}"})
         return heads
 
     def _cells(self, row: Measured) -> list[dict[str, Any]]:
@@ -189,14 +198,21 @@ class Report:
                 {
                     "text": f"{interval.value:.4g}",
                     "interval": f"{interval.low:.4g} to {interval.high:.4g}",
-                    "best": row.name == self._best(name),
+                    "best": row is self._best(name),
                 }
             )
         return cells
 
-    def _best(self, metric: str) -> str | None:
-        models = [row for row in self.measured if row.steps is not None and metric in row.metrics]
-        if len(models) < 2:
+    def _best(self, metric: str) -> Measured | None:
+        rows = [row for row in self.measured if not row.real and metric in row.metrics]
+        if len(rows) < 2:
             return None
         choose = min if METRICS[metric].better == "less" else max
-        return choose(models, key=lambda row: row.metrics[metric].value).name
+        return choose(rows, key=lambda row: row.metrics[metric].value)
+
+
+def _facts_of(row: Measured) -> dict[str, Any]:
+    """Of intervals the ends alone, not the hundreds of values that they were found by."""
+    ends = ("value", "low", "high", "confidence")
+    metrics = {name: {end: getattr(interval, end) for end in ends} for name, interval in row.metrics.items()}
+    return {**vars(row), "metrics": metrics}

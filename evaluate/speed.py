@@ -41,9 +41,9 @@ def _once(model: TextToImage, order: Order) -> tuple[float, float]:
     rows = order.batches()[0]
     start = _now(model)
     context = model.contexts(order.captions[rows])
-    noise = model.noise(order.seeds[rows], order.size)
+    noise, generators = model.start(order.seeds[rows], order.size)
     begun = _now(model)
-    latents = model.latents(noise, context)
+    latents = model.latents(noise, context, generator=generators)
     done = _now(model)
     model.images(latents)
     return (_now(model) - start) / rows.stop, (done - begun) / rows.stop

@@ -4,15 +4,16 @@
 
 WHERE is the folder of a run (its student), a diffusers pipeline (with steps, and guidance, guidance_interval, eta,
 eta_interval, shift or subfolder where they are wanted), a hub id, "miniature", or a folder of images, each with its
-caption in a .txt of its name.
+caption in a .txt of its name, or in the text of the PNG that `twostep sample` wrote.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from ..zoo import TextToImage, load_text_to_image
 from ..zoo.saved_student import pipeline_path, student_facts, student_folder
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+SHEET = "sheet.png"  # where `twostep sample` lays out the images that lie beside it
+PIECE = 256  # images that are kept together: what an interruption loses at most
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -75,7 +78,7 @@ class Subject:
         folder = Path(self.where).expanduser()
         if not folder.is_dir() or student_folder(folder) is not None or (folder / "model_index.json").is_file():
             return []
-        return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+        return images_in(folder)
 
     @property
     def run(self) -> Path | None:
@@ -106,19 +109,33 @@ class Order:
         return len(self.captions)
 
     def batches(self) -> list[slice]:
-        return [slice(at, min(at + self.batch, len(self))) for at in range(0, len(self), self.batch)]
+        return self._parts(self.batch)
+
+    def pieces(self) -> list[Order]:
+        """About PIECE images each, of whole batches, so that the same images come out."""
+        parts = self._parts(max(1, PIECE // self.batch) * self.batch)
+        return [replace(self, captions=self.captions[rows], seeds=self.seeds[rows]) for rows in parts]
+
+    def _parts(self, count: int) -> list[slice]:
+        return [slice(at, min(at + count, len(self))) for at in range(0, len(self), count)]
 
 
 @dataclass(frozen=True)
 class Drawn:
     images: Tensor  # [N, 3, H, W], uint8
-    captions: list[str]
+    captions: list[str]  # "" where there is none
     steps: int | None = None
     evaluations: int | None = None  # of the network, for an image
 
     def pixels(self, rows: slice = slice(None)) -> Tensor:
         """Float32 in [-1, 1]."""
         return self.images[rows].float() / 127.5 - 1
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Drawn]) -> Drawn:
+        """Pieces that one model drew."""
+        captions = [caption for piece in pieces for caption in piece.captions]
+        return cls(torch.cat([piece.images for piece in pieces]), captions, pieces[0].steps, pieces[0].evaluations)
 
 
 def draw(model: TextToImage, order: Order, advance: Callable[[int], object] = lambda count: None) -> Drawn:
@@ -143,18 +160,23 @@ def draw_once(
     dtype: torch.dtype,
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[Drawn]:
-    """Each order drawn, or read from the folder `kept` where it was drawn before; the model is loaded if it must be."""
-    found = []
-    for order in orders:
+    """Each order drawn, or read from the folder `kept` where it was drawn before; the model is loaded at most once.
+
+    Pieces are kept one by one, so that a set that was interrupted goes on.
+    """
+    model = functools.cache(load)
+
+    def piece(order: Order) -> Drawn:
         path = kept / f"{identity(subject, order, dtype)}.safetensors"
         drawn = _read(path)
         if drawn is None:
-            drawn = draw(load(), order, advance)
+            drawn = draw(model(), order, advance)
             _write(path, drawn, subject.name)
         else:
             advance(len(order))
-        found.append(drawn)
-    return found
+        return drawn
+
+    return [Drawn.joined([piece(part) for part in order.pieces()]) for order in orders]
 
 
 def _read(path: Path) -> Drawn | None:
@@ -176,8 +198,26 @@ def to_bytes(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def images_in(folder: Path) -> list[Path]:
+    """In order, at any depth; without the sheets that show the images beside them once more."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+    beside = {path.parent for path in found if path.name != SHEET}
+    return [path for path in found if path.name != SHEET or path.parent not in beside]
+
+
+def check_captions(drawn: Drawn, folder: str | Path) -> None:
+    """ValueError where some images of the folder have a caption and some have none: no score would be of all."""
+    lacking = drawn.captions.count("")
+    if 0 < lacking < len(drawn.captions):
+        raise ValueError(
+            f"{folder}: {lacking} of {len(drawn.captions)} images have no caption; give each one, in a .txt of the "
+            f"image's name or in the PNG's text key `prompt` (as twostep sample writes it), or leave it out for all"
+        )
+
+
 def read_images(paths: Sequence[Path], size: tuple[int, int] | None = None) -> Drawn:
-    """Images of a folder, all of one size, with the captions that lie beside them ("" where there is none)."""
+    """Images of a folder, all of one size, with their captions: from the .txt beside them, or else from the text that
+    `twostep sample` writes into a PNG; "" where there is neither."""
     import numpy as np
     from PIL import Image
 
@@ -186,6 +226,7 @@ def read_images(paths: Sequence[Path], size: tuple[int, int] | None = None) -> D
     for path in paths:
         with Image.open(path) as image:
             found = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
+            within = str(image.info.get("prompt", ""))
         if pixels and found.shape != pixels[0].shape:
             raise ValueError(
                 f"{path} is {found.shape[1]} x {found.shape[2]}, and {paths[0]} is {pixels[0].shape[1]} x "
@@ -195,7 +236,7 @@ def read_images(paths: Sequence[Path], size: tuple[int, int] | None = None) -> D
             raise ValueError(f"{path} is {found.shape[1]} x {found.shape[2]}, expected {size[0]} x {size[1]}")
         pixels.append(found)
         text = path.with_suffix(".txt")
-        captions.append(text.read_text(encoding="utf-8").strip() if text.is_file() else "")
+        captions.append((text.read_text(encoding="utf-8") if text.is_file() else within).strip())
     return Drawn(torch.stack(pixels), captions)
 
 

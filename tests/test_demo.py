@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.train import tiny_pipelines
 from twostep import demo
@@ -37,7 +39,7 @@ def test_it_distils_compares_and_goes_on(
     names = ["real images", "base at 28", "teacher at 8", "teacher at 2", "student at 2"]
     assert [row["name"] for row in facts["measured"]] == names
     assert [row["evaluations"] for row in facts["measured"]] == [None, 43, 8, 2, 2]
-    assert len(facts["verdicts"]) == 6
+    assert len(facts["verdicts"]) == 7
     assert (out / "student" / "pipeline.py").is_file() and (out / "student" / "transformer_2").is_dir()
     assert "Training of student at 2" in (out / "report" / "report.html").read_text()
 
@@ -56,18 +58,42 @@ def rows(student: dict[str, float], seconds: float) -> dict[str, Measured]:
         metrics = {metric: Interval(value, value, value, 0.95) for metric, value in values.items()}
         return Measured(name, metrics, 8, 2, 2, seconds, seconds)
 
-    eight = {"frechet": 10, "aligned": 0.9, "precision": 0.9, "diversity": 0.2, "coverage": 0.8}
-    two = {"frechet": 110, "aligned": 0.3, "precision": 0.4, "diversity": 0.1, "coverage": 0.3}
+    eight = {"frechet": 10, "aligned": 0.9, "precision": 0.9, "psnr": 33, "diversity": 0.2, "coverage": 0.8}
+    two = {"frechet": 110, "aligned": 0.3, "precision": 0.4, "psnr": 30, "diversity": 0.1, "coverage": 0.3}
     made = [row("teacher at 8", eight, 0.8), row("teacher at 2", two, 0.2), row("student at 2", student, seconds)]
     return {one.name: one for one in made}
 
 
 def test_the_bars_are_what_they_say() -> None:
-    good = {"frechet": 30, "aligned": 0.81, "precision": 0.4, "diversity": 0.17, "coverage": 0.68}
-    assert [verdict.met for verdict in demo.verdicts(rows(good, 0.2))] == [True] * 6
-    assert [verdict.found for verdict in demo.verdicts(rows(good, 0.2))] == ["80%", "90%", "100%", "85%", "85%", "4.0"]
-    bad = {"frechet": 31, "aligned": 0.80, "precision": 0.39, "diversity": 0.16, "coverage": 0.67}
-    assert [verdict.met for verdict in demo.verdicts(rows(bad, 0.24))] == [False] * 6
+    good = {"frechet": 30, "aligned": 0.81, "precision": 0.4, "psnr": 30, "diversity": 0.17, "coverage": 0.68}
+    found = ["80%", "90%", "100%", "100%", "85%", "85%", "4.0"]
+    assert [verdict.met for verdict in demo.verdicts(rows(good, 0.2))] == [True] * 7
+    assert [verdict.found for verdict in demo.verdicts(rows(good, 0.2))] == found
+    bad = {"frechet": 31, "aligned": 0.80, "precision": 0.39, "psnr": 29, "diversity": 0.16, "coverage": 0.67}
+    assert [verdict.met for verdict in demo.verdicts(rows(bad, 0.24))] == [False] * 7
+
+
+def test_a_bar_is_shown_with_the_interval_of_what_was_found() -> None:
+    """What both rows share does not widen it, and a gap that may be nothing leaves it open."""
+    drawn = rows({"frechet": 30, "aligned": 0.81, "precision": 0.4, "psnr": 30, "diversity": 0.2, "coverage": 0.8}, 0.2)
+    common = torch.linspace(-0.1, 0.1, 101).tolist()
+
+    def shaken(name: str, metric: str, by: Sequence[float]) -> None:
+        value = drawn[name].metrics[metric].value
+        values = tuple(value + one for one in by)
+        drawn[name].metrics[metric] = Interval(value, min(values), max(values), 0.95, values)
+
+    shaken("student at 2", "aligned", common)
+    shaken("teacher at 8", "aligned", common)
+    shaken("teacher at 2", "frechet", [1000 * one for one in common])
+    gap, kept, *others = demo.verdicts(drawn)
+    assert (gap.found, gap.sure) == ("80%, -150% to 90%", False)
+    assert kept.found == "90%, 89% to 91%" and kept.met and not kept.sure
+    assert all(verdict.sure or verdict.text for verdict in others)
+    shaken("teacher at 2", "frechet", [-200.0, *[0.0] * 100])
+    assert demo.verdicts(drawn)[0].found == "80%, 80% to 80%"
+    drawn["teacher at 2"].metrics["frechet"] = Interval(9, 9, 9, 0.95)
+    assert not demo.verdicts(drawn)[0].met
 
 
 def test_a_model_without_weights_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from .arguments import add_interval
 
 FAULT, INTERRUPTED = 2, 130
+STEPS = 8  # of a pipeline
 MOST_ON_SHEET = 256
 LARGEST_SEED = 2**63 - 1  # in 64 bits with a sign
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--count", type=int, default=1, metavar="N", help="images of each prompt, with seeds that count up (default: 1)"
     )
     add("--out", type=Path, required=True, help="folder of the images")
-    add("--steps", type=int, help="of a pipeline; a student has its own (default for a pipeline: 8)")
+    add("--steps", type=int, help=f"of a pipeline; a student has its own (default for a pipeline: {STEPS})")
     add("--guidance", type=float, default=1.0, metavar="W", help="of a pipeline; 1 is none (default: 1)")
     add_interval(
         parser, "guidance", "of a pipeline: levels sigma that are guided; cfg_truncation T of diffusers is 1-T 1"
@@ -78,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
     import torch
     from transformers.utils import logging
 
-    from .evaluate.subjects import state_of
+    from .evaluate.subjects import SHEET, state_of
     from .zoo import load_text_to_image
     from .zoo.saved_student import student_folder
     from .zoo.teacher import EVERYWHERE
@@ -95,10 +96,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"--seed is {args.seed}, expected a number from 0 to {LARGEST_SEED - args.count}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-    student = student_folder(args.model) is not None
-    if student and args.subfolder is not None:
-        raise ValueError(f"--subfolder is {args.subfolder}, and {args.model} is a student, whose networks are its own")
-    facts = {"model": str(args.model), "steps": args.steps, "guidance": args.guidance, "subfolder": args.subfolder}
+    steps = STEPS if args.steps is None and student_folder(args.model) is None else args.steps
+    facts = {"model": str(args.model), "steps": steps, "guidance": args.guidance, "subfolder": args.subfolder}
     facts |= {"size": args.size, "dtype": str(dtype).removeprefix("torch."), "files": state_of(args.model)}
     if args.eta:
         facts["eta"] = args.eta
@@ -110,18 +109,18 @@ def _run(args: argparse.Namespace) -> int:
         logging.disable_progress_bar()
         model = load_text_to_image(
             args.model,
-            steps=8 if args.steps is None and not student else args.steps,
+            steps=steps,
             guidance=args.guidance,
             guidance_interval=tuple(args.guidance_interval),
             eta=args.eta,
             eta_interval=tuple(args.eta_interval),
-            subfolder=args.subfolder or "transformer",
+            subfolder=args.subfolder,
             dtype=dtype,
             device=device,
         )
         args.out.mkdir(parents=True, exist_ok=True)
         _draw(model, missing, args, facts)
-    sheet = _sheet([args.out / one.name for one in wanted], wanted, args.out / "sheet.png")
+    sheet = _sheet([args.out / one.name for one in wanted], wanted, args.out / SHEET)
     print(f"{len(wanted)} images in {args.out} ({len(wanted) - len(missing)} were there){sheet}")
     return 0
 

@@ -58,12 +58,15 @@ class TextToImage:
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
         """[N, C, H, W], each image's from its seed alone."""
-        return self._noise(_generators(seeds), size)
+        return self.start(seeds, size)[0]
 
-    def _noise(self, generators: Sequence[torch.Generator], size: tuple[int, int] | None) -> Tensor:
+    def start(self, seeds: Sequence[int], size: tuple[int, int] | None = None) -> tuple[Tensor, list[torch.Generator]]:
+        """The noise, and the generators that drew it: given to `latents` they draw the noise of eta too, and an image
+        is its seed's alone."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         height, width = self.size(size)
         shape = (self.autoencoder.channels, height // self.autoencoder.factor, width // self.autoencoder.factor)
-        return torch.stack([torch.randn(shape, generator=one) for one in generators]).to(self.device)
+        return torch.stack([torch.randn(shape, generator=one) for one in generators]).to(self.device), generators
 
     @torch.no_grad()
     def contexts(self, captions: Sequence[str]) -> Context:
@@ -90,8 +93,7 @@ class TextToImage:
     def draw(self, captions: Sequence[str], seeds: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
         if len(captions) != len(seeds):
             raise ValueError(f"draw: {len(captions)} captions and {len(seeds)} seeds, expected one for each image")
-        generators = _generators(seeds)
-        noise = self._noise(generators, size)
+        noise, generators = self.start(seeds, size)
         return self.images(self.latents(noise, self.contexts(captions), generator=generators))
 
 
@@ -104,7 +106,7 @@ def load_text_to_image(
     eta: float = 0.0,
     eta_interval: tuple[float, float] = EVERYWHERE,
     shift: float | None = None,
-    subfolder: str = "transformer",
+    subfolder: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     fused: bool = True,
@@ -114,7 +116,7 @@ def load_text_to_image(
     Args:
         steps, guidance, guidance_interval, eta, eta_interval, shift: of a pipeline's transformer, as of Teacher; a
             student has its own and takes none.
-        subfolder: where in a pipeline the transformer lies.
+        subfolder: where in a pipeline the transformer lies, if not in `transformer`; a student takes none either.
     """
     _check_device(device)
     guidance_interval = check_interval("load_text_to_image", guidance_interval, guidance)
@@ -125,6 +127,11 @@ def load_text_to_image(
             raise ValueError(
                 f"load_text_to_image: {path} is a student, which has steps of its own; leave out steps, guidance, eta "
                 f"and shift"
+            )
+        if subfolder is not None:
+            raise ValueError(
+                f"load_text_to_image: the subfolder is {subfolder!r}, and {path} is a student, whose networks are its "
+                f"own; leave out subfolder"
             )
         pipeline = pipeline_path(student_facts(student)["pipeline"])
         model: Teacher | Student = load_student(student, dtype=dtype, device=device, fused=fused)
@@ -161,10 +168,6 @@ def load_text_to_image(
     if isinstance(model, Teacher) and guidance != 1:
         model.negative = text_encoder.encode([""]).to(device)
     return TextToImage(text_encoder, autoencoder, model)
-
-
-def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _check_device(device: torch.device | str) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.evaluate.strategies import normal
-from twostep.evaluate import bootstrap
+from twostep.evaluate.intervals import Interval, bootstrap, combined
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -65,6 +65,35 @@ def test_equal_generators_give_equal_intervals() -> None:
     first, again, other = (bootstrap(statistic, rows, generator=seeded(seed), resamples=50) for seed in (1, 1, 2))
     assert first == again != other
     assert str(first) == f"{first.value:.4g} [{first.low:.4g}, {first.high:.4g}]"
+
+
+def test_what_two_statistics_share_does_not_widen_their_difference() -> None:
+    """The oracle: the bootstrap of the differences themselves. Equal generators draw the same rows."""
+    common, own = normal(1, 400), 0.1 * normal(2, 400)
+    one, other, apart = (
+        bootstrap(torch.mean, rows, generator=seeded(5), resamples=400) for rows in (common + own, common, common - own)
+    )
+    found = combined(lambda a, b: a - b, one, other)
+    alone = bootstrap(torch.mean, own, generator=seeded(5), resamples=400)
+    assert found.value == pytest.approx(alone.value, abs=1e-6)
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high), abs=2e-3)
+    assert found.high - found.low < 0.2 * (one.high - one.low)
+    assert combined(max, one, other, apart).value == max(one.value, other.value, apart.value)
+    exact = Interval(2.0, 2.0, 2.0, 0.95)
+    assert combined(lambda a, b: a * b, exact, exact) == Interval(4.0, 4.0, 4.0, 0.95)
+    scaled = combined(lambda a, b: a * b, one, exact)
+    assert (scaled.low, scaled.high) == pytest.approx((2 * one.low, 2 * one.high), abs=5e-3)
+    with pytest.raises(ValueError, match=r"the intervals have \[300, 400\] resamples, expected as many each"):
+        combined(max, one, bootstrap(torch.mean, common, generator=seeded(), resamples=300))
+
+
+def test_resampled_values_lie_as_the_interval_does() -> None:
+    """Recentred ones too."""
+    for recentre in (False, True):
+        found = bootstrap(lambda r: r.std(), normal(3, 50), generator=seeded(), resamples=200, recentre=recentre)
+        drawn = torch.tensor(found.drawn, dtype=torch.float64)
+        assert len(drawn) == 200 and drawn.quantile(0.025).item() == pytest.approx(found.low)
+        assert drawn.quantile(0.975).item() == pytest.approx(found.high)
 
 
 def test_mistakes_are_named() -> None:

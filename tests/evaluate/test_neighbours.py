@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.evaluate.strategies import SEEDS, normal, permutation, rotation
 from twostep.evaluate import NeighbourMetrics, neighbour_metrics
+from twostep.evaluate.neighbours import balls_around
 
 
 def by_loops(real: Tensor, fake: Tensor, k: int) -> NeighbourMetrics:
@@ -49,6 +50,21 @@ def test_it_counts_what_loops_count_where_points_coincide_and_distances_tie(seed
     generator = torch.Generator().manual_seed(seed)
     real, fake = (torch.randint(0, 3, (n, 2), generator=generator).double() for _ in range(2))
     assert values(neighbour_metrics(real, fake, k=k, rows=4)) == pytest.approx(values(by_loops(real, fake, k)))
+
+
+@given(SEEDS, st.integers(7, 20), st.integers(7, 20), st.integers(1, 6), st.integers(1, 25))
+@settings(deadline=None, max_examples=20)
+def test_image_by_image_they_are_the_same(seed: int, n: int, m: int, k: int, rows: int) -> None:
+    real, fake = normal(seed, n, 2), 0.5 + 0.7 * normal(seed + 1, m, 2)
+    balls = balls_around(real, fake, k=k, rows=rows)
+    assert balls.precise.shape == (m,) and balls.inside.shape == balls.holds.shape == (m, n)
+    found = NeighbourMetrics(
+        precision=balls.precise.double().mean().item(),
+        recall=balls.holds.any(0).double().mean().item(),
+        density=int(balls.inside.sum()) / (k * m),
+        coverage=balls.inside.any(0).double().mean().item(),
+    )
+    assert values(found) == pytest.approx(values(neighbour_metrics(real, fake, k=k)))
 
 
 @given(SEEDS, st.integers(7, 20), st.integers(1, 6))

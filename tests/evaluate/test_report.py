@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image
 
 from tests.browser import document, needs_browser, screenshot
 from twostep.evaluate import Interval
-from twostep.evaluate.charts import side_by_side
+from twostep.evaluate.charts import scatter, side_by_side
 from twostep.evaluate.report import Picture, Report, Verdict
 from twostep.evaluate.study import Measured
 
@@ -25,7 +27,7 @@ def interval(value: float) -> Interval:
 @pytest.fixture
 def report() -> Report:
     images = {name: torch.full((3, 3, 64, 64), shade) for name, shade in (("teacher", -0.5), ("<student>", 0.5))}
-    real = Measured("real images", {"frechet": interval(1), "aligned": interval(1)}, 50)
+    real = Measured("real images", {"frechet": interval(1), "aligned": interval(1)}, 50, real=True)
     teacher = Measured("teacher", {"frechet": interval(20), "aligned": interval(0.9)}, 50, 8, 8, 0.08, 0.06)
     student = Measured("<student>", {"frechet": interval(30), "aligned": interval(0.95)}, 50, 2, 2, 0.03, 0.015)
     return Report(
@@ -71,6 +73,52 @@ def test_a_row_of_the_grid_is_a_subject(report: Report) -> None:
     grid = report.pictures[0].image
     shades = {grid.getpixel((grid.width - 60, y)) for y in range(grid.height)}
     assert (64, 64, 64) in shades and (191, 191, 191) in shades
+
+
+def test_images_of_other_sizes_are_enlarged_for_the_picture() -> None:
+    red, blue = (torch.eye(3)[channel].view(1, 3, 1, 1) * 2 - 1 for channel in (0, 2))
+    rows = {"small": red.expand(2, 3, 32, 32), "wide": blue.expand(2, 3, 64, 128)}
+    grid = side_by_side(rows, ["a ring", "a star"])
+    assert grid.size == side_by_side({**rows, "small": rows["wide"]}, ["a ring", "a star"]).size
+    counts = {colour: count for count, colour in grid.getcolors(1 << 24) or []}
+    assert counts[255, 0, 0] == 2 * 64 * 64  # proportions are kept
+    assert counts[0, 0, 255] == 2 * 64 * 128
+
+
+def test_a_folder_of_images_is_not_the_real_ones(report: Report) -> None:
+    folder = Measured("somebody's", {"frechet": interval(5), "aligned": interval(0.8)}, 50)
+    rows = [folder, *report.measured]
+    page = replace(report, measured=rows).page()
+    assert re.findall(r'class="best">([^<]+)', page) == ["5", "0.95"]
+    alone = replace(report, measured=[folder, *report.measured[1:]])
+    assert "real images</text>" not in "".join(re.findall("<svg.*?</svg>", alone.page(), re.DOTALL))
+    lines = re.findall("real images</text>", "".join(re.findall("<svg.*?</svg>", page, re.DOTALL)))
+    assert len(lines) == 4  # a line in every plot of a metric
+    dashed = [
+        re.findall(r'<path d="([^"]+)"[^>]*stroke-dasharray', scatter(order, "frechet", "evaluations", "NFE"))
+        for order in (rows, [*report.measured, folder])
+    ]
+    assert dashed[0][0] == dashed[1][0]  # the second is the legend's
+
+
+def test_a_metric_that_a_row_lacks_is_an_empty_cell(report: Report) -> None:
+    real, teacher, student = report.measured
+    lacking = replace(student, metrics={"frechet": student.metrics["frechet"]})
+    some = replace(report, measured=[real, teacher, lacking])
+    assert len(some.text().splitlines()[3].split()) == len(some.text().splitlines()[2].split()) - 1
+    assert re.findall(r'class="best">([^<]+)', some.page()) == ["20"]  # one alone is not the best
+    only_real = replace(some, measured=[real, replace(teacher, metrics=lacking.metrics), lacking])
+    assert only_real.page().count("<svg") == 3  # no plot of a metric without a point
+    assert "aligned" not in {
+        row["metric"] for row in csv.DictReader(io.StringIO(some.table_of_numbers())) if row["name"] == "<student>"
+    }
+    some.picture()
+
+
+def test_the_page_says_what_its_intervals_and_features_are(report: Report) -> None:
+    page = replace(report, features="some network", notes=["a line below"]).page()
+    assert "held fixed" in page and "(features: some network); smaller is better</dd>" in page
+    assert "<p>a line below</p>" in page
 
 
 @needs_browser

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from tests.evaluate import folders
 from tests.train import tiny_pipelines
 from twostep.cli import main
 from twostep.evaluate import (
@@ -18,15 +22,17 @@ from twostep.evaluate import (
     neighbour_metrics,
     prompt_diversity,
     speed,
+    subjects,
     vendi_score,
 )
 from twostep.evaluate.command import Settings, study
 from twostep.evaluate.study import Judge, measure, variety_order
-from twostep.evaluate.subjects import Drawn, Order, Subject, draw, identity, read_images, to_bytes
+from twostep.evaluate.subjects import Drawn, Order, Subject, draw, draw_once, identity, read_images, to_bytes
 from twostep.zoo import TextToImage, load_text_to_image
 from twostep.zoo.miniature import claims_of, detector, samples
 
 SMALL = {"images": 12, "captions": 3, "seeds": 2, "batch": 5}
+WORDS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +45,24 @@ def drawings(start: int, count: int) -> Drawn:
     return Drawn(to_bytes(made.images), made.captions)
 
 
+def save(drawn: Drawn, folder: Path, captions: Sequence[str] = ()) -> Path:
+    """Images with the first captions beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(drawn.images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:02}.png")
+    for number, caption in enumerate(captions):
+        (folder / f"{number:02}.txt").write_text(caption + "\n", encoding="utf-8")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def judge() -> Judge:
     seeing = detector.load()
     features = MiniatureFeatures(seeing)
 
-    def scores(images: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
+    def scores(images: torch.Tensor, captions: Sequence[str] | None) -> dict[str, torch.Tensor]:
+        if captions is None:
+            return {}
         return {"aligned": detector.check(seeing, images, claims_of(captions)).aligned.double()}
 
     return Judge(features, MiniatureFeatures(seeing, "each"), scores, features(drawings(500, 300).pixels()))
@@ -101,6 +119,14 @@ def test_models_are_timed_in_turns(pipeline: Path, monkeypatch: pytest.MonkeyPat
     assert found["eight"] == speed.Speed(3 / 2, 1 / 2)
 
 
+def test_timing_leaves_torchs_generator_alone(pipeline: Path) -> None:
+    """A teacher that renews noise is timed as it draws: with its seeds' generators."""
+    model = load_text_to_image(pipeline, steps=2, eta=1.0, dtype=torch.float32)
+    before = torch.get_rng_state()
+    speed.speeds({"renewed": model}, Order(("a ring", "a star"), (4, 5), batch=2), rounds=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_identity_follows_weights_settings_and_order(pipeline: Path, tmp_path: Path) -> None:
     order = Order(("a ring",), (4,))
     known = identity(Subject("a", str(pipeline), {"steps": 2}), order, torch.float32)
@@ -129,6 +155,44 @@ def test_images_of_a_folder_come_with_their_captions(tmp_path: Path) -> None:
         read_images(Subject("a", str(tmp_path)).images)
 
 
+def test_a_caption_is_read_from_the_png_where_no_text_lies_beside_it(tmp_path: Path) -> None:
+    made = drawings(0, 3)
+    save(made, tmp_path, ["a star"])
+    for number in (0, 1):
+        text = PngInfo()
+        text.add_itxt("prompt", "a ring")
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{number:02}.png", pnginfo=text)
+    assert read_images(Subject("a", str(tmp_path)).images).captions == ["a star", "a ring", ""]
+
+
+def test_the_sheet_beside_images_is_none_of_them(tmp_path: Path) -> None:
+    save(drawings(0, 2), tmp_path / "some")
+    Image.new("RGB", (300, 64)).save(tmp_path / "some" / "sheet.png")
+    (tmp_path / "alone").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "alone" / "sheet.png")
+    found = [path.relative_to(tmp_path).as_posix() for path in Subject("a", str(tmp_path)).images]
+    assert found == ["alone/sheet.png", "some/00.png", "some/01.png"]
+
+
+def test_a_set_is_drawn_and_kept_in_pieces_of_whole_batches(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subjects, "PIECE", 5)
+    model = load_text_to_image(pipeline, steps=1, dtype=torch.float32)
+    order = Order(("a ring", "a star", "two shapes") * 3, tuple(range(9)), batch=2)
+    assert [len(piece) for piece in order.pieces()] == [4, 4, 1]
+    assert [len(piece) for piece in Order(order.captions, order.seeds, batch=7).pieces()] == [7, 2]  # a batch at least
+    subject = Subject("a", str(pipeline), {"steps": 1})
+    seen: list[int] = []
+    loads = iter([model])  # once
+    (found,) = draw_once(subject, lambda: next(loads), [order], tmp_path, dtype=torch.float32, advance=seen.append)
+    whole = draw(model, order)
+    assert torch.equal(found.images, whole.images) and found.captions == whole.captions
+    assert (found.steps, found.evaluations) == (whole.steps, whole.evaluations) and sum(seen) == 9
+    (again,) = draw_once(subject, lambda: pytest.fail("loads"), [order], tmp_path, dtype=torch.float32)
+    assert torch.equal(again.images, whole.images)
+
+
 # Measuring
 
 
@@ -143,6 +207,7 @@ def test_every_number_is_that_of_the_metric_itself(judge: Judge) -> None:
         "frechet": frechet_distance(fake, real),
         "aligned": 1.0,
         "precision": neighbours.precision,
+        "recall": neighbours.recall,
         "density": neighbours.density,
         "coverage": neighbours.coverage,
         "diversity": prompt_diversity(each, varied.captions),
@@ -153,7 +218,9 @@ def test_every_number_is_that_of_the_metric_itself(judge: Judge) -> None:
         interval = found.metrics[name]
         assert interval.value == pytest.approx(value, rel=1e-9), name
         assert interval.low <= interval.value <= interval.high, name
-    assert found.metrics["frechet"].high - found.metrics["frechet"].low > 0
+    assert list(found.metrics)[2:4] == ["precision", "recall"]
+    for name in ("frechet", "recall"):
+        assert found.metrics[name].high - found.metrics[name].low > 0
     again = measure("drawn", drawn, varied, judge)
     assert again.metrics == found.metrics  # the same intervals every time
     with pytest.raises(ValueError, match="400 images, and 300 real ones"):
@@ -204,7 +271,7 @@ def test_the_command_compares_and_keeps_what_it_drew(
         "--out",
         str(tmp_path / "out"),
     ]
-    command += [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    command += WORDS
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert [line.split()[0] for line in printed.splitlines()[1:4]] == ["real", "two", "one"]
@@ -222,11 +289,108 @@ def test_the_command_compares_and_keeps_what_it_drew(
     assert all(row["network_seconds"] > 0 for row in again[1:])  # measured, never kept
 
 
+def test_an_interrupted_set_goes_on(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oracle: the same study, not interrupted."""
+    monkeypatch.setattr(subjects, "PIECE", 5)
+    command = ["evaluate", f"one={pipeline}@steps=1", *WORDS, "--out"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    inner, drawn, most = TextToImage.draw, [0], 2
+
+    def stopped(self: TextToImage, captions: Sequence[str], *rest: Any) -> torch.Tensor:
+        if drawn[0] == most:
+            raise KeyboardInterrupt
+        drawn[0] += 1
+        return inner(self, captions, *rest)
+
+    monkeypatch.setattr(TextToImage, "draw", stopped)
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "out")]) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert len(list((tmp_path / "out" / "drawn").iterdir())) == 2
+    drawn[0], most = 0, 100
+    assert main([*command, str(tmp_path / "out")]) == 0
+    assert drawn[0] == 1 + 2  # batches that were lacking: of 12 images in fives one, of 6 two
+    one, other = (json.loads((tmp_path / out / "report.json").read_text())["measured"] for out in ("whole", "out"))
+    assert [row["metrics"] for row in one] == [row["metrics"] for row in other]
+
+
+def test_images_without_captions_have_no_score_that_a_caption_decides(tmp_path: Path) -> None:
+    made = drawings(0, 12)
+    silent, spoken = save(made, tmp_path / "silent"), save(made, tmp_path / "spoken", made.captions)
+    both = [Subject("silent", str(silent)), Subject("spoken", str(spoken))]
+    report = study(both, Settings(tmp_path / "out", **SMALL))
+    real, without, with_captions = report.measured
+    assert "aligned" in real.metrics and real.real and not (without.real or with_captions.real)
+    assert set(with_captions.metrics) - set(without.metrics) == {"aligned"}
+    assert without.metrics["psnr"].value == with_captions.metrics["psnr"].value
+    report.write(tmp_path / "out")
+    with (tmp_path / "out" / "report.csv").open() as file:
+        named = {row["name"] for row in csv.DictReader(file) if row["metric"] == "aligned"}
+    assert named == {"real images", "spoken"}
+    at = [head["title"] for head in report._heads()].index("aligned")
+    assert [row[at]["text"] for row in map(report._cells, report.measured)] == ["1", "", "1"]
+    save(made, tmp_path / "some", made.captions[:5])
+    with pytest.raises(ValueError, match=r"some: 7 of 12 images have no caption; give .* \.txt .* key `prompt`"):
+        study([Subject("some", str(tmp_path / "some"))], Settings(tmp_path / "out", **SMALL))
+
+
+def test_what_twostep_sample_drew_is_a_subject(pipeline: Path, tmp_path: Path) -> None:
+    captions = samples(11, 0, 12).captions
+    (tmp_path / "prompts.txt").write_text("\n".join(captions), encoding="utf-8")
+    out = tmp_path / "sampled"
+    words = ["--model", str(pipeline), "--steps", "1", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(out)]
+    assert main(["sample", *words]) == 0
+    assert (out / "sheet.png").is_file()
+    assert read_images(Subject("sampled", str(out)).images).captions == captions
+    report = study([Subject("sampled", str(out))], Settings(tmp_path / "out", **SMALL))
+    assert "aligned" in report.measured[1].metrics
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Prompts and networks of somebody's own."""
+    place = tmp_path_factory.mktemp("given")
+    folders.dinov2(place / "dino")
+    folders.clip(place / "clip")
+    (place / "prompts.txt").write_text("a ring\na star\n" * 6, encoding="utf-8")
+    return {"prompts": place / "prompts.txt", "features": place / "dino", "clip": place / "clip"}
+
+
+def test_real_images_are_a_row_where_there_are_enough(given: dict[str, Path], tmp_path: Path) -> None:
+    made = drawings(0, 24)
+    reference = save(made, tmp_path / "reference")
+    subject = Subject("mine", str(save(Drawn(made.images[:12], []), tmp_path / "mine", ["a ring"] * 12)))
+    settings = Settings(tmp_path / "out", **SMALL, reference=reference, **given)
+    report = study([subject], settings)
+    real, mine = report.measured
+    assert real.real and "clip_score" in mine.metrics and "clip_score" not in real.metrics  # it has no captions
+    assert "dinov2 dino, float32" in report.page() and "dinov2 dino, float32" in report.facts()["settings"]["features"]
+    assert not report.notes
+    save(made, reference, ["a ring"] * 15)
+    with pytest.raises(ValueError, match="reference: 9 of 12 images have no caption"):
+        study([subject], settings)
+    (reference / "00.png").unlink()
+    few = study([subject], settings)
+    line = f"no row of real images: {reference} has 23 images, and 2 x --images = 24 are needed"
+    assert [row.name for row in few.measured] == ["mine"]
+    assert few.text().splitlines()[-1] == line and line in few.page()
+
+
+def test_prompts_that_are_all_the_same_are_told_before_drawing(
+    given: dict[str, Path], pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "same.txt").write_text("a ring\n" * 12, encoding="utf-8")
+    monkeypatch.setattr(TextToImage, "draw", lambda *_, **__: pytest.fail("it draws"))
+    settings = Settings(tmp_path / "out", **SMALL, reference=tmp_path, **{**given, "prompts": tmp_path / "same.txt"})
+    with pytest.raises(ValueError, match=r"same\.txt are all 'a ring': variety is measured on at least 2 different"):
+        study([Subject("one", str(pipeline), {"steps": 1})], settings)
+
+
 def test_a_folder_of_images_is_a_subject(tmp_path: Path) -> None:
-    made = samples(11, 0, 12)
-    for number, image in enumerate(to_bytes(made.images)):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{number:02}.png")
-        (tmp_path / f"{number:02}.txt").write_text(made.captions[number])
+    made = drawings(0, 12)
+    save(made, tmp_path, made.captions)
     report = study([Subject("drawings", str(tmp_path))], Settings(tmp_path / "out", **SMALL))
     row = report.measured[1]
     assert row.name == "drawings" and row.steps is None and row.metrics["aligned"].value == 1.0

@@ -189,8 +189,9 @@ def test_intervals_are_students() -> None:
 @pytest.mark.parametrize(
     ("one", "other", "metric", "verdict"),
     [
-        ([1.0, 1.1, 1.2], [2.0, 2.1, 2.2], "frechet", "holds"),
-        ([1.0, 1.1, 1.2], [2.0, 2.1, 2.2], "aligned", "is reversed"),
+        ([1.0, 1.1, 1.3], [2.0, 2.1, 2.2], "frechet", "holds"),
+        ([1.0, 1.1, 1.3], [2.0, 2.1, 2.2], "aligned", "is reversed"),
+        ([1.0, 1.1, 1.2], [2.0, 2.1, 2.2], "aligned", "cannot be told"),  # the same difference thrice: no scatter seen
         ([1.0, 2.0, 3.0], [2.0, 1.0, 3.5], "aligned", "cannot be told"),
         ([1.0, 1.1, 1.2], [0.5], "aligned", "holds"),  # the other is not trained
         ([1.0], [0.5], "aligned", "cannot be told"),  # nothing tells how far seeds are apart

@@ -132,6 +132,10 @@ def test_an_image_with_renewed_noise_is_of_its_seed_too(place: tiny_runs.Place) 
     assert (one - with_others[1:]).abs().max() < 1e-4
     plain = load_text_to_image(place.model, steps=3, dtype=torch.float32).draw(["a ring"], [5])
     assert (one - plain).abs().max() > 1e-2
+    noise, generators = model.start([4, 5])
+    assert torch.equal(noise, model.noise([4, 5]))
+    by_hand = model.images(model.latents(noise, model.contexts(["a star", "a ring"]), generator=generators))
+    assert torch.equal(by_hand, with_others)
 
 
 def test_wrong_folders_are_explained(runs: dict[str, Path], place: tiny_runs.Place, tmp_path: Path) -> None:
@@ -143,6 +147,10 @@ def test_wrong_folders_are_explained(runs: dict[str, Path], place: tiny_runs.Pla
         load_text_to_image(place.model, steps=4, eta_interval=(0.5, 0.9))
     with pytest.raises(ValueError, match="leave out steps, guidance, eta and shift"):
         load_text_to_image(runs["full"], eta=1.0)
+    with pytest.raises(
+        ValueError, match=r"the subfolder is 'transformer', and .* is a student, whose networks are its"
+    ):
+        load_text_to_image(runs["full"], subfolder="transformer")
     with pytest.raises(ValueError, match="say how many steps"):
         load_text_to_image(place.model)
     with pytest.raises(ValueError, match=r"neither model_index.json \(a pipeline\) nor student.json"):
@@ -157,7 +165,7 @@ def test_wrong_folders_are_explained(runs: dict[str, Path], place: tiny_runs.Pla
 
 
 def test_a_teacher_is_what_load_backbone_and_teacher_make(place: tiny_runs.Place) -> None:
-    model = load_text_to_image(place.model, steps=3, dtype=torch.float32)
+    model = load_text_to_image(place.model, steps=3, dtype=torch.float32, subfolder="transformer")
     noise, context = model.noise([1]), model.contexts(["a ring"])
     teacher = Teacher(load_backbone(place.model, dtype=torch.float32), steps=3)
     assert torch.equal(model.latents(noise, context), teacher.sample(noise, context))

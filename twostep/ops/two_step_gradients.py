@@ -220,12 +220,11 @@ class Sync:
         return False
 
     def _static_graph(self, graph: Graph) -> bool:
-        """Whether a step is in DistributedDataParallel(static_graph=True), which counts how often each parameter
-        arrives, and would reduce before the gradients that wait are there."""
-        from torch.nn.parallel import DistributedDataParallel
-
+        """Whether what step 2 uses is in DistributedDataParallel(static_graph=True), which counts how often each
+        parameter arrives, and would reduce before the gradients that wait are there."""
+        used = {id(leaf) for leaf in graph.leaves}
         seen = {part for module in (*self.first_uses, *self.second_uses) for part in module.modules()}
-        static = any(isinstance(part, DistributedDataParallel) and part.static_graph for part in seen)
+        static = any(_is_static(part) and any(id(p) in used for p in part.parameters()) for part in seen)
         if graph.static and not static and self.policy != "each":
             raise ValueError(
                 f"{OP}: a step is a function around DistributedDataParallel(static_graph=True), which shows on its "
@@ -262,6 +261,10 @@ class Sync:
         finally:
             for group, reduce, all_reduce in flags:
                 group.reduce_grads, group.all_reduce_grads = reduce, all_reduce
+
+
+def _is_static(module: nn.Module) -> bool:
+    return isinstance(module, nn.parallel.DistributedDataParallel) and module.static_graph
 
 
 def _world_size() -> int:

@@ -222,7 +222,11 @@ D_OPSD = Experiment(
     claims=(
         Claim("D-OPSD", "before: two steps", "concept"),
         Claim("D-OPSD", "plain fine-tuning", "concept"),
-        *(Claim("before: two steps", "plain fine-tuning", metric) for metric in ("frechet", "aligned", "psnr")),
+        *(
+            Claim("before: two steps", arm, metric)
+            for arm in ("plain fine-tuning", "D-OPSD")
+            for metric in ("frechet", "aligned", "psnr", "diversity")
+        ),
         *(Claim("D-OPSD", "plain fine-tuning", metric) for metric in ("frechet", "aligned", "psnr")),
         *(Claim("D-OPSD", "off-policy distillation", metric) for metric in ("frechet", "aligned", "psnr")),
     ),

@@ -36,13 +36,15 @@ class Spread:
 
 
 def judge(claim: Claim, values: Values) -> tuple[str, Spread]:
-    """Whether the ordering holds here, and the difference seed by seed: better minus worse."""
+    """Whether the ordering holds here, and the difference seed by seed: better minus worse. Differences that are all
+    the same say nothing of how far seeds scatter: counts of images are that coarse."""
     one, other = values[claim.better][claim.metric], values[claim.worse][claim.metric]
     count = max(len(one), len(other))
     pairs = zip(*(list(numbers) * (count if len(numbers) == 1 else 1) for numbers in (one, other)), strict=True)
     difference = Spread.of([a - b for a, b in pairs])
     gain = difference.mean if BETTER[claim.metric] == "more" else -difference.mean
-    if math.isnan(difference.half) or abs(difference.mean) <= difference.half:
+    scatters = difference.half > 1e-9 * abs(difference.mean)
+    if not scatters or abs(difference.mean) <= difference.half:
         return "cannot be told", difference
     return ("holds" if gain > 0 else "is reversed"), difference
 
@@ -66,7 +68,8 @@ def markdown(experiment: Experiment, values: Values, seeds: int) -> str:
         f"of {seeds} seeds and 95 % intervals over seeds (Student's t); a single number where nothing is trained.\n\n"
         + "\n".join(lines)
         + "\n\nA claim holds, or is reversed, where the difference of the two arms, seed by seed, has an interval "
-        "without 0.\n\n" + "\n".join(claims) + "\n"
+        f"without 0. Each is asked at 95 %, and they are {len(experiment.claims)}: were all differences chance, about "
+        f"{len(experiment.claims) / 20:.1f} of them would be told.\n\n" + "\n".join(claims) + "\n"
     )
 
 
