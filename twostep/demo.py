@@ -20,7 +20,8 @@ RECIPE = "miniature-demo"
 PROMPTS = (0xDE30, 1024)  # the stream of the captions to learn from, and how many
 VARIETY = (24, 6)  # captions that are drawn several times, and how often
 INTERRUPTED = 130
-# Bars that the demo holds itself to, and cleanness, which speckle would not meet as it meets precision: arXiv 2606.12575 has no numbers of its own for a model of this size.
+# Bars that the demo holds itself to, beside cleanness (which speckle does not meet as it meets precision): arXiv
+# 2606.12575 has no numbers of its own for a model of this size.
 GAP, ALIGNED, VARIED, FASTER = 0.8, 0.9, 0.85, 3.5
 
 
