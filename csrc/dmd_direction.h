@@ -4,8 +4,8 @@
 //   p_real = x - real, p_fake = x - fake          direction = (p_real - p_fake) / mean |p_real|
 //                                                           = (fake - real) / max(mean |x - real|, eps)
 // The form below subtracts once instead of three times: x cancels, and its rounding with it. The mean is over a sample,
-// added up as views.h says of sample_piece; where it is not finite, all of the sample's direction is NaN. Data, not a function to differentiate: a loss puts it in the place of a
-// gradient.
+// added up as views.h says of sample_piece; where it is not finite, all of the sample's direction is NaN. Data, not a
+// function to differentiate: a loss puts it in the place of a gradient.
 //
 // Bytes, X = the state, P = one of the predictions: X + 2P + the direction, where real is still in cache when it is
 // read the second time: on the CPU a few samples are finished before the next are begun, a GPU's second-level cache
