@@ -83,7 +83,7 @@ def combined(function: Callable[..., float], *intervals: Interval) -> Interval:
     were drawn by generators of equal states: what is common to the statistics does not widen the interval.
 
     Intervals without resampled values count as exact. Where the function gives infinity in a resample, the interval may
-    end there.
+    end there; where it gives NaN in one, both ends are NaN.
     """
     value, confidence = function(*(one.value for one in intervals)), intervals[0].confidence
     counts = {len(one.drawn) for one in intervals if one.drawn}
@@ -96,6 +96,8 @@ def combined(function: Callable[..., float], *intervals: Interval) -> Interval:
     drawn = sorted(function(*values) for values in zip(*columns, strict=True))
     tail = (1 - confidence) / 2
     low, high = (drawn[round(share * (count - 1))] for share in (tail, 1 - tail))
+    if any(one != one for one in drawn):  # they cannot be sorted
+        low = high = float("nan")
     return Interval(value, low, high, confidence, tuple(drawn))
 
 

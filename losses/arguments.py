@@ -6,7 +6,6 @@ possible: not while torch.compile traces, not inside a torch.func transform, not
 
 from __future__ import annotations
 
-import math
 import numbers
 
 import torch
@@ -70,7 +69,7 @@ def check_choice(loss: str, name: str, value: object, accepted: tuple[str, ...])
 def check_number(loss: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{loss}: {name} is {type(value).__name__}, expected a number")
-    if value != value or value in (math.inf, -math.inf):  # isfinite does not take what torch.compile makes of it
+    if not float("-inf") < value < float("inf"):  # math.isfinite does not take what torch.compile makes of it
         raise ValueError(f"{loss}: {name} is {value}, expected a finite number")
 
 

@@ -89,11 +89,13 @@ def test_a_bar_is_shown_with_the_interval_of_what_was_found() -> None:
     gap, kept, *others = demo.verdicts(drawn)
     assert (gap.found, gap.sure) == ("80%, -150% to 90%", False)
     assert kept.found == "90%, 89% to 91%" and kept.met and not kept.sure
-    assert all(verdict.sure or verdict.text for verdict in others)
+    assert all(verdict.sure for verdict in others)
     shaken("teacher at 2", "frechet", [-200.0, *[0.0] * 100])
     assert demo.verdicts(drawn)[0].found == "80%, 80% to 80%"
     drawn["teacher at 2"].metrics["frechet"] = Interval(9, 9, 9, 0.95)
     assert not demo.verdicts(drawn)[0].met
+    shaken("teacher at 2", "precision", [-0.4, *[0.0] * 100])  # a resample with nothing to compare with
+    assert demo.verdicts(drawn)[2].found == "100%, nan% to nan%" and not demo.verdicts(drawn)[2].sure
 
 
 def test_a_model_without_weights_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,12 +78,10 @@ def test_the_same_command_goes_on(
     assert main([*words, "--guidance", "3", "--overwrite"]) == 0
 
 
-def test_the_default_of_steps_is_the_number_itself(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_defaults_are_the_same_said_or_not(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["sample", "--model", str(model), "--out", str(tmp_path), "--prompt", "a ring"]
     assert main(words) == 0
-    assert main([*words, "--steps", "8"]) == 0
+    assert main([*words, "--steps", "8", "--subfolder", "transformer"]) == 0
     assert "(1 were there)" in capsys.readouterr().out
 
 

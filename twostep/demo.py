@@ -193,7 +193,7 @@ def verdicts(rows: dict[str, Any]) -> list[Any]:
         said = f"{found.value:{form}}"
         if found.drawn:
             said += f", {found.low:{form}} to {found.high:{form}}"
-        sure = not found.low < asked <= found.high
+        sure = asked <= found.low or found.high < asked  # with ends of NaN: no
         return Verdict(text, f"at least {asked:{form}}", said, asked <= found.value < float("inf"), sure)
 
     gap = (row.metrics["frechet"] for row in (two, student, eight))

@@ -97,7 +97,8 @@ def _run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     steps = STEPS if args.steps is None and student_folder(args.model) is None else args.steps
-    facts = {"model": str(args.model), "steps": steps, "guidance": args.guidance, "subfolder": args.subfolder}
+    facts = {"model": str(args.model), "steps": steps, "guidance": args.guidance}
+    facts["subfolder"] = None if args.subfolder == "transformer" else args.subfolder  # its default, said or not
     facts |= {"size": args.size, "dtype": str(dtype).removeprefix("torch."), "files": state_of(args.model)}
     if args.eta:
         facts["eta"] = args.eta

@@ -26,7 +26,8 @@ from twostep.evaluate import (
     vendi_score,
 )
 from twostep.evaluate.command import Settings, study
-from twostep.evaluate.study import Judge, measure, variety_order
+from twostep.evaluate.neighbours import balls_around
+from twostep.evaluate.study import NEIGHBOURS, Judge, _quality, measure, variety_order
 from twostep.evaluate.subjects import Drawn, Order, Subject, draw, draw_once, identity, read_images, to_bytes
 from twostep.zoo import TextToImage, load_text_to_image
 from twostep.zoo.miniature import claims_of, detector, samples
@@ -413,3 +414,28 @@ def test_mistakes_are_explained(
 ) -> None:
     assert main(["evaluate", *words, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_intervals_hold_the_truth_given_the_real_images() -> None:
+    """What the page and docs/evaluate.md say of them: 150 sets of 200 real images, 200 generated ones of each."""
+    random, count, sets = torch.Generator().manual_seed(0), 200, 150
+
+    def generated(many: int) -> torch.Tensor:
+        return 0.9 * torch.randn(many, 8, generator=random) + 0.3
+
+    found: dict[str, list[Any]] = {"precision": [], "density": []}
+    truth: dict[str, list[float]] = {"precision": [], "density": []}
+    for _ in range(sets):
+        real = torch.randn(count, 8, generator=random)
+        balls, many = (balls_around(real, generated(of), k=NEIGHBOURS) for of in (count, 3000))
+        quality = _quality(torch.zeros(count, 1), real, balls, lambda rows: rows[:, None, :1], random, 100)
+        for metric, true in (("precision", many.precise), ("density", many.inside / NEIGHBOURS)):
+            found[metric].append(quality[metric])
+            truth[metric].append(true.double().sum().item() / 3000)
+    held = {}
+    for metric, intervals in found.items():
+        fresh = sum(truth[metric]) / sets
+        given = sum(one.low <= true <= one.high for one, true in zip(intervals, truth[metric], strict=True))
+        held[metric] = given / sets, sum(one.low <= fresh <= one.high for one in intervals) / sets
+    assert all(given > 0.9 for given, _ in held.values()), held
+    assert 0.8 < held["precision"][1] < 0.9 and 0.65 < held["density"][1] < 0.8, held

@@ -66,10 +66,11 @@ def test_eps_bounds_what_is_divided_by(cpu_isa: str) -> None:
     torch.testing.assert_close(found[1], (fake - real)[1] / 3)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("size", [10, 70000])
-def test_nan_in_a_sample_stays_in_it_and_shows(cpu_isa: str, size: int) -> None:
+def test_what_is_not_finite_stays_in_its_sample_and_shows(cpu_isa: str, size: int, value: float) -> None:
     x, real, fake = (torch.randn(2, size) for _ in range(3))
-    x[1, 7] = float("nan")
+    x[1, 7] = value
     found = ops.dmd_direction(x, real, fake)
     assert found[0].isfinite().all() and found[1].isnan().all()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from twostep import ops
 
@@ -138,3 +139,13 @@ def test_the_raw_operator_takes_samples_of_any_rank_and_stride(shape: tuple[int,
             y = step(*pair, 0.5)
             assert y.shape == x.shape and y.is_contiguous()
             torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_tensors_of_other_steps_are_the_same_graph() -> None:
+    torch.compiler.reset()
+    counted = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ops.euler_step, fullgraph=True, backend=counted)
+    x, v = torch.randn(2, 3, 4)
+    for delta in (-0.25, -0.75, 0.5):
+        torch.testing.assert_close(compiled(x, v, torch.tensor(delta)), x + delta * v)
+    assert counted.frame_count == 1

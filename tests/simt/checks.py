@@ -370,3 +370,15 @@ def dmd_direction(launch: Launch, case: Samples) -> list[Tensor]:
     exact = (oracle.wide(fake) - oracle.wide(real)) / mean
     torch.testing.assert_close(found.double(), exact, rtol=4e-7, atol=1e-12, msg=wrong)
     return [found]
+
+
+def dmd_direction_of_broken_samples(launch: Launch) -> None:
+    """A sample whose normaliser is infinite or NaN is NaN throughout, and its neighbour is whole."""
+    for value in (torch.inf, -torch.inf, torch.nan):
+        for broken in range(3):
+            (x,), (real, fake) = Samples(size=5000).draw(1), Samples(size=5000).draw(2, network=True)
+            (x, real, fake)[broken][1, -1] = value
+            found = launchers.dmd_direction(launch, x, real, fake, eps=EPS)
+            assert found[0].isfinite().all(), "wrong; first at the whole sample"
+            hidden = found[1, -1:].isfinite() if broken == 2 else ~found[1].isnan()
+            assert not hidden.any(), f"wrong; first at {value} in {('x', 'real', 'fake')[broken]}"

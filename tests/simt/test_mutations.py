@@ -311,6 +311,14 @@ MUTANTS = [
         WRONG,
     ),
     Mutant(
+        "an infinite mean gives a direction of 0",
+        "cuda/sample_sums.cu",
+        " + 0. * mean",
+        "",
+        checks.dmd_direction_of_broken_samples,
+        WRONG,
+    ),
+    Mutant(
         "the direction points back",
         "dmd_direction.cu",
         "(fake[n][e] - real[n][e]) * scale",

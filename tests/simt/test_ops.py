@@ -240,6 +240,10 @@ def test_samples_are_moved_as_16_byte_vectors_where_they_are_aligned(emulator: E
     assert vectors(Samples(size=1002, gap=2)) == vectors(Samples(size=1024, offset=1)) == [0, 0]
 
 
+def test_the_dmd_direction_hides_nothing(emulator: Emulator) -> None:
+    checks.dmd_direction_of_broken_samples(emulator)
+
+
 @pytest.mark.parametrize(
     "launcher", ["euler_step_forward", "two_step_split_backward", "gradient_norms", "dmd_direction"]
 )

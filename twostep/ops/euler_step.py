@@ -19,7 +19,8 @@ def euler_step(x: Tensor, v: Tensor, delta: float | Tensor) -> Tensor:
     Args:
         x: the state [batch, ...], in float32 as a rule.
         v: the velocity, of x's shape; a bfloat16 or float16 one is read as it is beside a float32 state.
-        delta: a number, or a tensor [batch] (one a sample) or [] (one for all), a constant without a gradient.
+        delta: a number, or a tensor [batch] (one a sample) or [] (one for all), a constant without a gradient. To
+            torch.compile a number is part of the graph, so that each compiles anew; a tensor's values are not.
 
     Returns a tensor with x's shape and dtype, whatever the dtype of v.
     """
