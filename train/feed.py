@@ -125,7 +125,13 @@ def make_feed(
         folder = ImageFolder(data.folder, area=area, factor=space.factor * latent_factor, max_aspect=data.max_aspect)
         order = BucketOrder(folder.buckets, batch, seed=seed, rank=rank, world_size=world_size)
         making = Making(parts, wants | uses, data.vision, data.vision_pixels)
-        source = ImagesSource(making, folder, contexts, order, where, data.memory)
+        kept = None
+        if data.keep is not None:
+            prompts, rows = read_prompts(data.keep.prompts, column=data.keep.column), data.keep.batch or batch
+            kept = PromptBatches(
+                prompts, contexts, Order(len(prompts), rows, seed=seed, rank=rank, world_size=world_size)
+            )
+        source = ImagesSource(making, folder, contexts, order, where, data.memory, kept)
     else:
         contexts = parts.contexts(None)
         source = ShapesSource(

@@ -124,6 +124,19 @@ class PromptsData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeepConfig:
+    """Prompts without images, on which D-OPSD's student is to draw what it drew before."""
+
+    prompts: Path = field(metadata={"help": ".txt, .jsonl, .parquet, or a folder of datasets"})
+    column: str | None = told(None, "where the prompts stand in it; null: prompt, caption or text")
+    batch: int | None = told(None, "prompts beside the images of a batch; null: as many as images")
+
+    def check(self) -> Iterable[str]:
+        if self.batch is not None and self.batch < 1:
+            yield f"batch is {self.batch}, expected at least 1, or null"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImagesData:
     """A folder of images with captions, in buckets of aspect ratio."""
 
@@ -133,6 +146,7 @@ class ImagesData:
     max_aspect: float = told(2.0, "of the longest bucket")
     vision: str | None = told(None, "D-OPSD on Z-Image: the Qwen3-VL that reads caption and image; a folder or hub id")
     vision_pixels: int = told(512 * 512, "most pixels of an image that the vision encoder reads")
+    keep: KeepConfig | None = told(None, "D-OPSD: what the student is not to forget; null: nothing beside the images")
     memory: int = told(1 << 30, "bytes of the CPU's that latents and contexts are kept in once they are made; 0: none")
 
     def check(self) -> Iterable[str]:
@@ -398,3 +412,5 @@ class Recipe:
                 yield "data.teacher is null, and the anchors are in it: write them with `twostep cache --anchor-sigma`"
         elif "anchor" in wants:
             yield f"data is of kind {data.kind!r}, and the teacher's anchors come with kind 'prompts' and a cache"
+        elif isinstance(data, ImagesData) and data.keep is not None and "latents" in wants:
+            yield f"data.keep is given, and {kind} needs images of all captions: only d_opsd does not (on_policy=true)"

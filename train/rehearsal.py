@@ -147,7 +147,11 @@ def _batch(recipe: Recipe, cast: Cast, shape: tuple[int, int, int], caption: int
         else:
             pixels = recipe.data.vision_pixels if isinstance(recipe.data, ImagesData) else VISION_PATCH**2
             target = Context(torch.randn(recipe.batch, caption + pixels // VISION_PATCH**2, network.context_width))
-    return TrainingBatch(context, whole, drawn("latents"), drawn("anchor"), drawn("anchor"), target)
+    kept = None
+    if isinstance(recipe.data, ImagesData) and recipe.data.keep is not None:
+        rows = recipe.data.keep.batch or recipe.batch
+        kept = Context(torch.randn(rows, caption, network.context_width))
+    return TrainingBatch(context, whole, drawn("latents"), drawn("anchor"), drawn("anchor"), target, kept)
 
 
 # What there is

@@ -218,9 +218,10 @@ class ImagesSource:
         order: BucketOrder,
         device: torch.device,
         memory: int,
+        kept: PromptBatches | None = None,
     ) -> None:
         self.making, self.folder, self.contexts, self.order = making, folder, contexts, order
-        self.device, self.memory = device, memory
+        self.device, self.memory, self.kept = device, memory, kept
         self.shape: Shape | None = self._shape_of(0) if len(folder.sizes) == 1 else None
         self._kept: dict[int, Made] = {}
         self._taken = 0  # bytes
@@ -240,10 +241,12 @@ class ImagesSource:
             if target is None and self.making.target is not None:
                 captions = [self.folder.caption(number) for number in numbers]
                 target = self.making.target(captions, None, context, latents)
-            return self.making.batch(context, latents, target, self._shape_of(bucket))
+            batch = self.making.batch(context, latents, target, self._shape_of(bucket))
+            return batch if self.kept is None else replace(batch, kept=next(self.kept).context.to(self.device))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"images": self._fingerprint, "order": self.order.state_dict()}
+        kept = {} if self.kept is None else {"kept": self.kept.state_dict()}
+        return {"images": self._fingerprint, "order": self.order.state_dict(), **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["images"] != self._fingerprint:
@@ -251,7 +254,14 @@ class ImagesSource:
                 f"feed: the state is of other images than those of {self.folder.folder} (or of other captions, or "
                 f"buckets); resume with the folder that the run began with, or begin a new run"
             )
+        if (self.kept is None) != ("kept" not in state):
+            raise ValueError(
+                f"feed: the state is of a run {'without' if self.kept else 'with'} data.keep; resume as the run began, "
+                f"or begin a new run"
+            )
         self.order.load_state_dict(state["order"])
+        if self.kept is not None:
+            self.kept.load_state_dict(state["kept"])
 
     def captions(self, count: int) -> list[str]:
         return _first((entry.caption for entry in self.folder.entries), count)
@@ -266,11 +276,16 @@ class ImagesSource:
             f"{len(items)} of {height} x {width}"
             for (height, width), items in zip(self.folder.sizes, self.folder.buckets, strict=True)
         )
-        return f"{len(self.folder)} images of {self.folder.folder}: {sizes}; {_describe_contexts(self.contexts)}"
+        said = f"{len(self.folder)} images of {self.folder.folder}: {sizes}; {_describe_contexts(self.contexts)}"
+        if self.kept is None:
+            return said
+        prompts, count = self.kept.prompts, self.kept.order.batch
+        return f"{said}; beside {self.order.batch} images {count} of {len(prompts)} prompts to keep, {prompts.source}"
 
     def identity(self) -> dict[str, Any]:
         mine = {"kind": "images", "images": self._fingerprint, "contexts": self.contexts.encoder}
-        return {**mine, **self.making.identity()}
+        kept = {} if self.kept is None else {"kept": self.kept.prompts.fingerprint}
+        return {**mine, **kept, **self.making.identity()}
 
     @cached_property
     def _fingerprint(self) -> str:

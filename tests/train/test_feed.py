@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from twostep.train.data import ImageFolder, Order, ShapesBatches, TeacherCache
 from twostep.train.feed import Feed, make_feed
 from twostep.train.methods import TrainingBatch
 from twostep.train.parts import Parts
-from twostep.train.recipe import DataConfig, ImagesData, PromptsData, ShapesData
+from twostep.train.recipe import DataConfig, ImagesData, KeepConfig, PromptsData, ShapesData
 from twostep.zoo import Teacher, load_backbone, miniature
 from twostep.zoo.context import Context
 from twostep.zoo.context_cache import ContextCache
@@ -34,7 +34,15 @@ from twostep.zoo.miniature import samples
 from .test_parts import equal, forbidden, klein_folder, mini_folder, parts_of
 
 PROMPTS = ["a red circle", "two shapes", "a blue square", "a red circle", "a green ring", "one shape", "a star"]
-KINDS = ("prompts", "prompts, contexts made here", "images", "images of klein", "shapes", "shapes, a pool")
+KINDS = (
+    "prompts",
+    "prompts, contexts made here",
+    "images",
+    "images, and prompts to keep",
+    "images of klein",
+    "shapes",
+    "shapes, a pool",
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +77,9 @@ def data_of(kind: str, made: Path) -> DataConfig:
         "prompts": PromptsData(contexts=made / "contexts", **prompts),
         "prompts, contexts made here": PromptsData(**prompts),
         "images": ImagesData(folder=made / "images"),
+        "images, and prompts to keep": ImagesData(
+            folder=made / "images", keep=KeepConfig(prompts=made / "prompts.txt", batch=3)
+        ),
         "images of klein": ImagesData(folder=made / "images", area=24 * 24),
         "shapes": ShapesData(),
         "shapes, a pool": ShapesData(pool=6),
@@ -173,9 +184,14 @@ def test_another_world_size_goes_on_where_the_order_stands(kind: str, made: Path
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+def close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, atol=1e-5)
+
+
 def rows(batch: TrainingBatch) -> Tensor:
     assert batch.latents is not None
-    return batch.latents
+    kept = [] if batch.kept is None else [batch.kept.features.flatten()]
+    return torch.cat([batch.latents.flatten(), *kept])
 
 
 def test_has_torchs_and_torchdatas_protocol_of_a_state(made: Path) -> None:
@@ -397,6 +413,40 @@ def test_a_state_of_other_images_is_refused(made: Path, tmp_path: Path) -> None:
     feed = feed_of(ImagesData(folder=tmp_path / "i"))
     with pytest.raises(ValueError, match="the state is of other images than those of"):
         feed.load_state_dict(state)
+
+
+def test_prompts_to_keep_come_beside_the_images(made: Path) -> None:
+    """Each once an epoch, in an order of their own, with the context that they have alone."""
+    contexts = {prompt: shared_parts(False).contexts(None)[[prompt]] for prompt in PROMPTS}
+
+    def prompt_of(one: Context) -> str:
+        return next(p for p, known in contexts.items() if close(one.features, known.features))
+
+    with closing(whole_feed("images, and prompts to keep", made)) as feed, closing(whole_feed("images", made)) as other:
+        batches = take(feed, len(PROMPTS))
+        for batch, plain in zip(batches, take(other, len(PROMPTS)), strict=True):
+            assert same(replace(batch, kept=None), plain) and batch.kept is not None and batch.kept.batch == 3
+    features = [batch.kept[row : row + 1] for batch in batches for row in range(3) if batch.kept is not None]
+    found = [prompt_of(one) for one in features]
+    assert sorted(found) == sorted(3 * [*PROMPTS])
+    data = ImagesData(folder=made / "squares", keep=KeepConfig(prompts=made / "prompts.txt"))
+    with closing(feed_of(data)) as feed:
+        batch = next(feed)
+        assert batch.kept is not None and batch.kept.batch == 2 == batch.context.batch
+        assert f"beside 2 images 2 of {len(PROMPTS)} prompts to keep" in feed.describe()
+
+
+def test_a_state_with_prompts_to_keep_goes_on_with_them_alone(made: Path, tmp_path: Path) -> None:
+    kind = "images, and prompts to keep"
+    with closing(whole_feed(kind, made)) as feed, closing(whole_feed("images", made)) as plain:
+        assert feed.identity() != plain.identity()
+        for one, other, message in ((feed, plain, "of a run with data.keep"), (plain, feed, "of a run without")):
+            with pytest.raises(ValueError, match=message):
+                other.load_state_dict(one.state_dict())
+    (tmp_path / "others.txt").write_text("a star\n")
+    others = ImagesData(folder=made / "images", keep=KeepConfig(prompts=tmp_path / "others.txt", batch=3))
+    with closing(feed_of(others)) as feed, pytest.raises(ValueError, match="the state is of other prompts than"):
+        feed.load_state_dict(whole_feed(kind, made).state_dict())
 
 
 # Shapes

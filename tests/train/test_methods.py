@@ -25,7 +25,7 @@ from twostep.train.methods import (
     TurboPP,
     TurboPPConfig,
 )
-from twostep.zoo import Student
+from twostep.zoo import Context, Student
 
 from .method_roles import CASES, KINDS, Roles, Streams, roles_of, student_of, training_batch
 
@@ -252,21 +252,30 @@ def test_plain_dmd_asks_no_teacher_for_anchors() -> None:
     assert len(levels) > 2
 
 
+@pytest.mark.parametrize("kept", [0, 1, 3])
 @pytest.mark.parametrize("form", ["velocity", "clean"])
-def test_d_opsd_step_by_step_is_the_summed_loss(form: str) -> None:
+def test_d_opsd_step_by_step_is_the_summed_loss(form: str, kept: int) -> None:
+    """At prompts to keep the teacher sees what the student sees; a row counts as much as another."""
     case = CASES["z-image"]
     roles, batch = roles_of(case, "decoupled"), training_batch(case)
+    prompts = batch.context
+    if kept:
+        batch = replace(batch, kept=training_batch(case, 8).context.repeat(3)[range(kept)])
+        assert batch.kept is not None
+        prompts = Context.cat([batch.context, batch.kept])
     student = student_of(roles, 4)
     teacher = average_of(student)
     method = DOPSD(student, teacher, DOPSDConfig(form=form))
     method.run("generator", batch, Streams())
     found = gradients(dict(student.named_parameters()))
     student.zero_grad()
-    x, total = torch.randn(batch.shape, generator=Streams()["student"]), torch.zeros(())
+    count, shape = batch.context.batch, batch.shape[1:]
+    x, total = torch.randn((count + kept, *shape), generator=Streams()["student"]), torch.zeros(())
     for step, (a, b) in enumerate(zip(student.sigmas, student.sigmas[1:], strict=False)):
-        v = student.velocity(step, x, batch.context)
+        v = student.velocity(step, x, prompts)
         with torch.no_grad():
-            target = teacher.velocity(step, x, batch.target_context)
+            seen = [(x[:count], batch.target_context), (x[count:], batch.kept)]
+            target = torch.cat([teacher.velocity(step, rows, context) for rows, context in seen if len(rows)])
         total = total + (a**2 if form == "clean" else 1.0) * (v - target).square().mean() / 4
         x = (x + (b - a) * v).detach()
     total.backward()
@@ -293,6 +302,22 @@ def test_d_opsd_off_policy_stands_at_noised_images() -> None:
     assert DOPSD.wants(DOPSDConfig(on_policy=False)) == {"target_context", "latents"}
     with pytest.raises(ValueError, match="the batch has no latents; on_policy=false noises the target images"):
         method.run("generator", replace(batch, latents=None), Streams())
+    with pytest.raises(ValueError, match="the batch has prompts to keep, and on_policy=false wants an image for each"):
+        method.run("generator", replace(batch, kept=batch.context), Streams())
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_d_opsd_keeps_prompts_of_every_family(family: str) -> None:
+    """Where nothing has moved yet, prompts to keep pull nowhere: of their own they give no gradient."""
+    case = CASES[family]
+    roles, batch = roles_of(case, "shared"), training_batch(case)
+    method = DOPSD(roles.student, average_of(roles.student), DOPSDConfig())
+    method.run("generator", batch, Streams())
+    alone = gradients(dict(roles.student.named_parameters()))
+    roles.student.zero_grad()
+    method.run("generator", replace(batch, kept=batch.context, target_context=batch.context), Streams())
+    largest = max(gradient.abs().max() for gradient in gradients(dict(roles.student.named_parameters())).values())
+    assert largest <= 1e-4 * max(gradient.abs().max() for gradient in alone.values())
 
 
 def test_d_opsds_teacher_is_the_students_average() -> None:

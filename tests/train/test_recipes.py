@@ -13,7 +13,7 @@ from twostep.cli import main
 from twostep.evaluate import MiniatureAlignment
 from twostep.train.command import RECIPES, read_recipe
 from twostep.train.configuration import ConfigurationError, dump, load, resolved
-from twostep.train.recipe import ALIGNED, PromptsData, Recipe
+from twostep.train.recipe import ALIGNED, ImagesData, PromptsData, Recipe
 from twostep.zoo.miniature import detector, samples
 
 from . import tiny_runs
@@ -154,6 +154,24 @@ def test_levels_that_leave_no_room_are_named(capsys: pytest.CaptureFixture[str])
 def test_a_device_that_there_is_not(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["train", "miniature-dp-dmd", "compute.device=xyz", f"out={tmp_path}"]) == 2
     assert "compute.device is 'xyz', expected cpu, cuda or cuda:N" in capsys.readouterr().err
+
+
+def test_prompts_are_kept_by_the_method_that_needs_no_images_of_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    keep = "data.keep={prompts: p.txt}"
+    recipe = read_recipe("z-image-d-opsd", [keep, "data.keep.batch=3"])
+    assert isinstance(recipe.data, ImagesData) and recipe.data.keep is not None and recipe.data.keep.batch == 3
+    refused = "needs images of all captions: only d_opsd does not (on_policy=true)"
+    cases = {
+        ("z-image-d-opsd", keep, "data.keep.batch=0"): "batch is 0, expected at least 1, or null",
+        ("z-image-d-opsd", "data.keep.batch=3"): "data.keep.prompts: missing",
+        ("z-image-d-opsd", keep, "method.on_policy=false"): f"data.keep is given, and d_opsd {refused}",
+        ("z-image-flow-matching", keep): f"data.keep is given, and flow_matching {refused}",
+    }
+    for words, message in cases.items():
+        assert main(["train", *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_homes_are_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -89,6 +89,22 @@ def test_killed_at_random_and_started_again(
     check_same(found, true)
 
 
+def test_prompts_to_keep_go_on_where_they_stood(server: Server, place: tiny_runs.Place, tmp_path: Path) -> None:
+    """Stopped at an iteration in the middle of an epoch of images, and of one of prompts."""
+    data = {"kind": "images", "folder": str(place.images), "keep": {"prompts": str(place.prompts), "batch": 3}}
+    true, found = tmp_path / "true", tmp_path / "found"
+    whole = tiny_runs.recipe(place, "d_opsd", "lora", true, data=data, iterations=5)
+    assert server.run(whole)[0] == [0]
+    part = {**whole, "out": str(found), "fault": ["run", 3]}
+    statuses, printed = server.run(part, call="tests.train.test_resume:stopped_at")
+    assert statuses == [0] and "stopped by SIGTERM" in printed, printed
+    del part["fault"]
+    assert server.run(part)[0] == [0]
+    check_same(found, true)
+    statuses, printed = server.run({**part, "data": {**data, "keep": None}})
+    assert statuses == [2] and "keep" in printed, printed
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_saves_and_ends_the_run_which_goes_on(
     server: Server, place: tiny_runs.Place, tmp_path: Path, number: signal.Signals

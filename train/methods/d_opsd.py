@@ -6,6 +6,10 @@ data: no gradient crosses steps, so each step's backward runs at once, with one 
 
 `on_policy=False` is what the paper argues against, for comparison: the same two contexts, at noised target images
 instead of the student's own states.
+
+Beside its images a batch may bring prompts to keep (the paper has none): at the student's states for them the teacher
+sees the prompt alone, as the student does, and so the student is pulled back to what its average still is. The average
+follows slowly, so that is what the student was.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ from torch import Tensor, nn
 
 from ... import losses
 from ...zoo import Context, Student
+from ..data import draw_noise
 from ..told import told
-from .method import Cast, Metrics, Streams, TrainingBatch, noised, normal, wanted
+from .method import Cast, Metrics, Streams, TrainingBatch, noised, wanted
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,13 @@ class DOPSD:
     def run(self, update: str, batch: TrainingBatch, streams: Streams, scale: float = 1.0) -> Metrics:
         if batch.target_context is None:
             raise ValueError("d_opsd: the batch has no target_context: the captions encoded together with their images")
-        noise, metrics = normal(batch, streams, "student"), {}
+        context, shown = batch.context, batch.context.batch
+        if batch.kept is not None:
+            if not self.config.on_policy:
+                raise ValueError("d_opsd: the batch has prompts to keep, and on_policy=false wants an image for each")
+            context = Context.cat([context, batch.kept])
+        shape = (context.batch, *batch.shape[1:])
+        noise, metrics = draw_noise(shape, streams["student"], context.features.device), {}
         x, target_image = noise, None
         if not self.config.on_policy:
             target_image = wanted(batch.latents, "d_opsd", "latents", "on_policy=false noises the target images")
@@ -80,8 +91,10 @@ class DOPSD:
             if target_image is not None:
                 x = noised(target_image, torch.full((len(x),), self.student.sigmas[step]), noise)
             with torch.no_grad():
-                target = self.teacher.velocity(step, x, batch.target_context)
-            v = self.student.velocity(step, x, batch.context)
+                target = self.teacher.velocity(step, x[:shown], batch.target_context)
+                if batch.kept is not None:
+                    target = torch.cat([target, self.teacher.velocity(step, x[shown:], batch.kept)])
+            v = self.student.velocity(step, x, context)
             loss = losses.self_distillation_loss(v, target, self.student.sigmas[step], form=self.config.form)
             (scale * loss / self.student.steps).backward()
             total += loss.detach() / self.student.steps

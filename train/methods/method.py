@@ -40,6 +40,7 @@ class TrainingBatch:
     anchor: Tensor | None = None  # DP-DMD: the teacher's state at the anchor's sigma
     anchor_noise: Tensor | None = None  # and the noise that it came from
     target_context: Context | None = None  # D-OPSD: the same captions with their images
+    kept: Context | None = None  # D-OPSD: of prompts on which the student is to stay as it is; not of `shape`'s rows
 
 
 @dataclass
