@@ -69,7 +69,8 @@ def check_choice(loss: str, name: str, value: object, accepted: tuple[str, ...])
 def check_number(loss: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{loss}: {name} is {type(value).__name__}, expected a number")
-    if not float("-inf") < value < float("inf"):  # math.isfinite does not take what torch.compile makes of it
+    finite = float("-inf") < value < float("inf")  # type: ignore[operator]  # isfinite takes no symbol of torch.compile
+    if not finite:
         raise ValueError(f"{loss}: {name} is {value}, expected a finite number")
 
 

@@ -266,19 +266,23 @@ def test_d_opsd_step_by_step_is_the_summed_loss(form: str, kept: int) -> None:
     student = student_of(roles, 4)
     teacher = average_of(student)
     method = DOPSD(student, teacher, DOPSDConfig(form=form))
-    method.run("generator", batch, Streams())
+    metrics = method.run("generator", batch, Streams())
     found = gradients(dict(student.named_parameters()))
     student.zero_grad()
     count, shape = batch.context.batch, batch.shape[1:]
-    x, total = torch.randn((count + kept, *shape), generator=Streams()["student"]), torch.zeros(())
+    x = torch.randn((count + kept, *shape), generator=Streams()["student"])
+    total, of_kept = torch.zeros(()), torch.zeros(())
     for step, (a, b) in enumerate(zip(student.sigmas, student.sigmas[1:], strict=False)):
         v = student.velocity(step, x, prompts)
         with torch.no_grad():
             seen = [(x[:count], batch.target_context), (x[count:], batch.kept)]
             target = torch.cat([teacher.velocity(step, rows, context) for rows, context in seen if len(rows)])
-        total = total + (a**2 if form == "clean" else 1.0) * (v - target).square().mean() / 4
+        apart = (a**2 if form == "clean" else 1.0) * (v - target).square().mean((1, 2, 3)) / 4
+        total, of_kept = total + apart.mean(), of_kept + apart[count:].detach().mean()
         x = (x + (b - a) * v).detach()
     total.backward()
+    assert torch.allclose(metrics["final_loss"], total.detach(), rtol=1e-4)
+    assert torch.allclose(metrics["kept_loss"], of_kept, rtol=1e-3) if kept else "kept_loss" not in metrics
     true = gradients(dict(student.named_parameters()))
     assert found.keys() == true.keys()
     for key, value in true.items():

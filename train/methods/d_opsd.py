@@ -86,7 +86,7 @@ class DOPSD:
         x, target_image = noise, None
         if not self.config.on_policy:
             target_image = wanted(batch.latents, "d_opsd", "latents", "on_policy=false noises the target images")
-        total = torch.zeros((), device=x.device)
+        total, kept = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
         for step in range(self.student.steps):
             if target_image is not None:
                 x = noised(target_image, torch.full((len(x),), self.student.sigmas[step]), noise)
@@ -95,11 +95,18 @@ class DOPSD:
                 if batch.kept is not None:
                     target = torch.cat([target, self.teacher.velocity(step, x[shown:], batch.kept)])
             v = self.student.velocity(step, x, context)
-            loss = losses.self_distillation_loss(v, target, self.student.sigmas[step], form=self.config.form)
+            each = losses.self_distillation_loss(
+                v, target, self.student.sigmas[step], form=self.config.form, reduction="none"
+            )
+            loss = each.mean()
             (scale * loss / self.student.steps).backward()
             total += loss.detach() / self.student.steps
+            if batch.kept is not None:
+                kept += each[shown:].detach().mean() / self.student.steps
             metrics[f"step_{step + 1}_loss"] = loss.detach()
             x = x + (self.student.sigmas[step + 1] - self.student.sigmas[step]) * v.detach().to(x.dtype)
+        if batch.kept is not None:
+            metrics["kept_loss"] = kept
         return metrics | {"final_loss": total, "sample_std": x.std()}
 
     def sample(self, noise: Tensor, context: Context) -> Tensor:
