@@ -9,8 +9,7 @@ Every metric compares equal numbers of images. Settings are never to be chosen b
 gives another set of captions, seeds and real images to choose by.
 
 Only what was drawn is resampled; the real images are held fixed. An interval is therefore one given these real images,
-to compare rows by, which all share them. Over fresh sets of real images a 95 % interval holds the truth 70 to 84 times
-in 100 (tests/evaluate/test_study.py).
+to compare rows by, which all share them; over fresh sets of real images it is too narrow (tests/evaluate/test_study).
 """
 
 from __future__ import annotations

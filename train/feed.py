@@ -24,8 +24,8 @@ from .data.prefetch import Prefetch
 from .data.prompts import Prompts, read_prompts
 from .methods.method import TrainingBatch
 from .parts import Parts, SharedContexts
-from .recipe import DataConfig, ImagesData, PromptsData
-from .sources import ImagesSource, Making, PromptsSource, Shape, ShapesSource, Source
+from .recipe import DataConfig, ImagesData, KeepConfig, PromptsData
+from .sources import ImagesSource, Making, PromptsSource, Shape, ShapesSource, Source, ToKeep
 
 
 class Feed:
@@ -123,14 +123,10 @@ def make_feed(
         contexts = parts.contexts(None)
         area = space.sample_size**2 if data.area is None else data.area
         folder = ImageFolder(data.folder, area=area, factor=space.factor * latent_factor, max_aspect=data.max_aspect)
-        order = BucketOrder(folder.buckets, batch, seed=seed, rank=rank, world_size=world_size)
+        kept = None if data.keep is None else _to_keep(data.keep, batch, seed, rank, world_size)
+        images = batch - (0 if kept is None else kept.order.batch)
+        order = BucketOrder(folder.buckets, images, seed=seed, rank=rank, world_size=world_size)
         making = Making(parts, wants | uses, data.vision, data.vision_pixels)
-        kept = None
-        if data.keep is not None:
-            prompts, rows = read_prompts(data.keep.prompts, column=data.keep.column), data.keep.batch or batch
-            kept = PromptBatches(
-                prompts, contexts, Order(len(prompts), rows, seed=seed, rank=rank, world_size=world_size)
-            )
         source = ImagesSource(making, folder, contexts, order, where, data.memory, kept)
     else:
         contexts = parts.contexts(None)
@@ -141,6 +137,14 @@ def make_feed(
             where,
         )
     return Feed(source, contexts)
+
+
+def _to_keep(keep: KeepConfig, batch: int, seed: int, rank: int, world_size: int) -> ToKeep:
+    try:
+        prompts = read_prompts(keep.prompts, column=keep.column)
+    except ValueError as error:
+        raise ValueError(f"data.keep: {error}") from None
+    return ToKeep(prompts, Order(len(prompts), keep.rows(batch), seed=seed, rank=rank, world_size=world_size))
 
 
 # What a cache of prompts has to offer

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .methods import MethodConfig, Weights, method_class
+from .methods import DOPSDConfig, MethodConfig, Weights, method_class
 from .suggest import did_you_mean
 from .told import told
 
@@ -125,15 +125,19 @@ class PromptsData:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepConfig:
-    """Prompts without images, on which D-OPSD's student is to draw what it drew before."""
+    """Prompts without images, on which D-OPSD's student is held to what it was."""
 
     prompts: Path = field(metadata={"help": ".txt, .jsonl, .parquet, or a folder of datasets"})
     column: str | None = told(None, "where the prompts stand in it; null: prompt, caption or text")
-    batch: int | None = told(None, "prompts beside the images of a batch; null: as many as images")
+    share: float = told(0.5, "of a batch, and so of the loss; the rest are images")
 
     def check(self) -> Iterable[str]:
-        if self.batch is not None and self.batch < 1:
-            yield f"batch is {self.batch}, expected at least 1, or null"
+        if not 0 < self.share < 1:
+            yield f"share is {self.share}, expected a number between 0 and 1"
+
+    def rows(self, batch: int) -> int:
+        """How many of a batch are prompts to keep."""
+        return round(self.share * batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,5 +416,13 @@ class Recipe:
                 yield "data.teacher is null, and the anchors are in it: write them with `twostep cache --anchor-sigma`"
         elif "anchor" in wants:
             yield f"data is of kind {data.kind!r}, and the teacher's anchors come with kind 'prompts' and a cache"
-        elif isinstance(data, ImagesData) and data.keep is not None and "latents" in wants:
-            yield f"data.keep is given, and {kind} needs images of all captions: only d_opsd does not (on_policy=true)"
+        if isinstance(data, ImagesData) and data.keep is not None:
+            if not isinstance(self.method, DOPSDConfig):
+                yield f"data.keep is given, and {kind} does not read it: only d_opsd does"
+            elif not self.method.on_policy:
+                yield "data.keep is given, and with method.on_policy=false every caption needs an image"
+            if not 0 < data.keep.rows(self.batch) < self.batch:
+                yield (
+                    f"data.keep.share is {data.keep.share} of a batch of {self.batch}, which leaves no room for "
+                    f"{'prompts' if data.keep.rows(self.batch) == 0 else 'images'}: choose another share or batch"
+                )

@@ -134,8 +134,10 @@ def _run(recipe: Recipe, method: Method, batch: TrainingBatch, count: RankCount,
 def _batch(recipe: Recipe, cast: Cast, shape: tuple[int, int, int], caption: int) -> TrainingBatch:
     """What the method wants of the data, of the largest kind."""
     wants, network = method_class(recipe.method).wants(recipe.method), cast.student.distinct_networks()[0]
-    whole = (recipe.batch, *shape)
-    context = Context(torch.randn(recipe.batch, caption, network.context_width))
+    keep = recipe.data.keep if isinstance(recipe.data, ImagesData) else None
+    rows = recipe.batch - (0 if keep is None else keep.rows(recipe.batch))
+    whole = (rows, *shape)
+    context = Context(torch.randn(rows, caption, network.context_width))
 
     def drawn(name: str) -> Tensor | None:
         return torch.randn(whole) if name in wants else None
@@ -146,11 +148,8 @@ def _batch(recipe: Recipe, cast: Cast, shape: tuple[int, int, int], caption: int
             target = klein_reference_context(context, torch.randn(whole))
         else:
             pixels = recipe.data.vision_pixels if isinstance(recipe.data, ImagesData) else VISION_PATCH**2
-            target = Context(torch.randn(recipe.batch, caption + pixels // VISION_PATCH**2, network.context_width))
-    kept = None
-    if isinstance(recipe.data, ImagesData) and recipe.data.keep is not None:
-        rows = recipe.data.keep.batch or recipe.batch
-        kept = Context(torch.randn(rows, caption, network.context_width))
+            target = Context(torch.randn(rows, caption + pixels // VISION_PATCH**2, network.context_width))
+    kept = None if keep is None else Context(torch.randn(recipe.batch - rows, caption, network.context_width))
     return TrainingBatch(context, whole, drawn("latents"), drawn("anchor"), drawn("anchor"), target, kept)
 
 

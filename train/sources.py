@@ -1,9 +1,9 @@
 """Where batches come from, a class for each kind of data: what a Feed makes ahead.
 
-What is made of a folder's image is made of it alone and kept. The rounding of a network depends on what shares its
-batch, and what was kept from an earlier batch must equal what a resumed run makes anew. Prompts and drawn shapes are
-encoded as a batch: a batch of the order is the same at every resume. Those of a pool of shapes, which come again as
-they were, are kept.
+What is made of a folder's image, or of a prompt to keep beside images, is made of it alone and stored. The rounding of
+a network depends on what shares its batch, and what was stored from an earlier batch must equal what a resumed run
+makes anew. Other prompts and drawn shapes are encoded as a batch: a batch of the order is the same at every resume.
+Those of a pool of shapes, which come again as they were, are stored.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from ..zoo.miniature import samples, say, scenes_at, write
 from ..zoo.miniature.shapes import SIDE
 from .data.batches import Batch, PromptBatches, ShapesBatches
 from .data.images import ImageFolder
-from .data.order import BucketOrder
+from .data.order import BucketOrder, Order
 from .data.pairs import TeacherCache
+from .data.prompts import Prompts
 from .methods.method import TrainingBatch
 from .parts import Parts, SharedContexts, TargetEncoder
 
@@ -209,6 +210,14 @@ class Made:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
+@dataclass(frozen=True)
+class ToKeep:
+    """Prompts beside images: D-OPSD's student is held to what it was on them."""
+
+    prompts: Prompts
+    order: Order
+
+
 class ImagesSource:
     def __init__(
         self,
@@ -218,12 +227,12 @@ class ImagesSource:
         order: BucketOrder,
         device: torch.device,
         memory: int,
-        kept: PromptBatches | None = None,
+        kept: ToKeep | None = None,
     ) -> None:
         self.making, self.folder, self.contexts, self.order = making, folder, contexts, order
         self.device, self.memory, self.kept = device, memory, kept
         self.shape: Shape | None = self._shape_of(0) if len(folder.sizes) == 1 else None
-        self._kept: dict[int, Made] = {}
+        self._stored: dict[int | str, Made] = {}  # by an image's number, or a prompt
         self._taken = 0  # bytes
 
     def __iter__(self) -> Iterator[TrainingBatch]:
@@ -242,10 +251,13 @@ class ImagesSource:
                 captions = [self.folder.caption(number) for number in numbers]
                 target = self.making.target(captions, None, context, latents)
             batch = self.making.batch(context, latents, target, self._shape_of(bucket))
-            return batch if self.kept is None else replace(batch, kept=next(self.kept).context.to(self.device))
+            if self.kept is None:
+                return batch
+            prompts = self.kept.prompts[next(self.kept.order)]
+            return replace(batch, kept=Context.cat([self._of_prompt(one) for one in prompts]).to(self.device))
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {} if self.kept is None else {"kept": self.kept.state_dict()}
+        kept = {} if self.kept is None else {"keep": self._kept_state()}
         return {"images": self._fingerprint, "order": self.order.state_dict(), **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -254,14 +266,23 @@ class ImagesSource:
                 f"feed: the state is of other images than those of {self.folder.folder} (or of other captions, or "
                 f"buckets); resume with the folder that the run began with, or begin a new run"
             )
-        if (self.kept is None) != ("kept" not in state):
+        if (self.kept is None) != ("keep" not in state):
             raise ValueError(
                 f"feed: the state is of a run {'without' if self.kept else 'with'} data.keep; resume as the run began, "
                 f"or begin a new run"
             )
+        if self.kept is not None and state["keep"]["prompts"] != self.kept.prompts.fingerprint:
+            raise ValueError(
+                f"feed: the state is of other prompts to keep than those of {self.kept.prompts.source} (or of another "
+                f"order of them); resume with the file that the run began with, or begin a new run"
+            )
         self.order.load_state_dict(state["order"])
         if self.kept is not None:
-            self.kept.load_state_dict(state["kept"])
+            self.kept.order.load_state_dict(state["keep"]["order"])
+
+    def _kept_state(self) -> dict[str, Any]:
+        assert self.kept is not None
+        return {"prompts": self.kept.prompts.fingerprint, "order": self.kept.order.state_dict()}
 
     def captions(self, count: int) -> list[str]:
         return _first((entry.caption for entry in self.folder.entries), count)
@@ -280,11 +301,12 @@ class ImagesSource:
         if self.kept is None:
             return said
         prompts, count = self.kept.prompts, self.kept.order.batch
-        return f"{said}; beside {self.order.batch} images {count} of {len(prompts)} prompts to keep, {prompts.source}"
+        beside = f"with every {self.order.batch} images {count} prompts to keep, of the {len(prompts)}"
+        return f"{said}; {beside} in {prompts.source}"
 
     def identity(self) -> dict[str, Any]:
         mine = {"kind": "images", "images": self._fingerprint, "contexts": self.contexts.encoder}
-        kept = {} if self.kept is None else {"kept": self.kept.prompts.fingerprint}
+        kept = {} if self.kept is None else {"keep": self.kept.prompts.fingerprint}
         return {**mine, **kept, **self.making.identity()}
 
     @cached_property
@@ -299,8 +321,8 @@ class ImagesSource:
         return space.channels, height // space.factor, width // space.factor
 
     def _made(self, number: int) -> Made:
-        if number in self._kept:
-            return self._kept[number]
+        if number in self._stored:
+            return self._stored[number]
         making, caption = self.making, self.folder.caption(number)
         context = self.contexts[[caption]]
         latents = target = None
@@ -309,10 +331,17 @@ class ImagesSource:
             latents = making.latents(image) if making.needs_latents else None
             if making.target is not None and making.reads_images:
                 target = _on_cpu(making.target([caption], image, context, latents))
-        made = Made(_on_cpu(context), None if latents is None else latents.cpu(), target)
+        return self._store(number, Made(_on_cpu(context), None if latents is None else latents.cpu(), target))
+
+    def _of_prompt(self, prompt: str) -> Context:
+        if prompt not in self._stored:
+            return self._store(prompt, Made(_on_cpu(self.contexts[[prompt]]), None, None)).context
+        return self._stored[prompt].context
+
+    def _store(self, name: int | str, made: Made) -> Made:
         # Every image comes once an epoch, so that when memory is full, what is there serves as well as anything else.
         if self._taken + made.nbytes <= self.memory:
-            self._kept[number], self._taken = made, self._taken + made.nbytes
+            self._stored[name], self._taken = made, self._taken + made.nbytes
         return made
 
 

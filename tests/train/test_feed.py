@@ -24,7 +24,7 @@ from twostep.train import parts as parts_module
 from twostep.train.data import ImageFolder, Order, ShapesBatches, TeacherCache
 from twostep.train.feed import Feed, make_feed
 from twostep.train.methods import TrainingBatch
-from twostep.train.parts import Parts
+from twostep.train.parts import Parts, SharedContexts
 from twostep.train.recipe import DataConfig, ImagesData, KeepConfig, PromptsData, ShapesData
 from twostep.zoo import Teacher, load_backbone, miniature
 from twostep.zoo.context import Context
@@ -78,7 +78,7 @@ def data_of(kind: str, made: Path) -> DataConfig:
         "prompts, contexts made here": PromptsData(**prompts),
         "images": ImagesData(folder=made / "images"),
         "images, and prompts to keep": ImagesData(
-            folder=made / "images", keep=KeepConfig(prompts=made / "prompts.txt", batch=3)
+            folder=made / "images", keep=KeepConfig(prompts=made / "prompts.txt", share=0.6)
         ),
         "images of klein": ImagesData(folder=made / "images", area=24 * 24),
         "shapes": ShapesData(),
@@ -101,7 +101,8 @@ def shared_parts(klein: bool) -> Parts:
 def whole_feed(kind: str, made: Path, **more: Any) -> Feed:
     """With everything in its batches that this kind can have."""
     wants = {"latents", "anchor" if kind.startswith("prompts") else "target_context"}
-    return feed_of(data_of(kind, made), klein="klein" in kind, **{"wants": frozenset(wants), **more})
+    batch = 5 if "to keep" in kind else 2  # two images in any case
+    return feed_of(data_of(kind, made), klein="klein" in kind, **{"wants": frozenset(wants), "batch": batch, **more})
 
 
 def same(one: TrainingBatch, other: TrainingBatch) -> bool:
@@ -182,10 +183,6 @@ def test_another_world_size_goes_on_where_the_order_stands(kind: str, made: Path
         feed.load_state_dict(states[0])
         found += [rows(batch) for batch in take(feed, 2)]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
-def close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, atol=1e-5)
 
 
 def rows(batch: TrainingBatch) -> Tensor:
@@ -420,20 +417,48 @@ def test_prompts_to_keep_come_beside_the_images(made: Path) -> None:
     contexts = {prompt: shared_parts(False).contexts(None)[[prompt]] for prompt in PROMPTS}
 
     def prompt_of(one: Context) -> str:
-        return next(p for p, known in contexts.items() if close(one.features, known.features))
+        return next(prompt for prompt, known in contexts.items() if equal(one, known))
 
     with closing(whole_feed("images, and prompts to keep", made)) as feed, closing(whole_feed("images", made)) as other:
         batches = take(feed, len(PROMPTS))
         for batch, plain in zip(batches, take(other, len(PROMPTS)), strict=True):
             assert same(replace(batch, kept=None), plain) and batch.kept is not None and batch.kept.batch == 3
     features = [batch.kept[row : row + 1] for batch in batches for row in range(3) if batch.kept is not None]
-    found = [prompt_of(one) for one in features]
-    assert sorted(found) == sorted(3 * [*PROMPTS])
+    found, epoch = [prompt_of(one) for one in features], len(PROMPTS)
+    epochs = [found[start : start + epoch] for start in range(0, 3 * epoch, epoch)]
+    assert all(sorted(one) == sorted(PROMPTS) for one in epochs) and epochs[0] != epochs[1]
     data = ImagesData(folder=made / "squares", keep=KeepConfig(prompts=made / "prompts.txt"))
     with closing(feed_of(data)) as feed:
         batch = next(feed)
-        assert batch.kept is not None and batch.kept.batch == 2 == batch.context.batch
-        assert f"beside 2 images 2 of {len(PROMPTS)} prompts to keep" in feed.describe()
+        assert batch.kept is not None and batch.kept.batch == 1 == batch.context.batch
+        assert f"with every 1 images 1 prompts to keep, of the {epoch} in " in feed.describe()
+
+
+def test_contexts_of_prompts_to_keep_are_made_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    look = SharedContexts.__getitem__
+
+    def looked(contexts: SharedContexts, captions: list[str]) -> Context:
+        asked.extend(captions)
+        return look(contexts, captions)
+
+    monkeypatch.setattr(SharedContexts, "__getitem__", looked)
+    found, counts = [], []
+    for memory in (0, 1 << 30):
+        asked.clear()
+        keep = KeepConfig(prompts=made / "prompts.txt", share=0.6)
+        with closing(feed_of(ImagesData(folder=made / "squares", memory=memory, keep=keep), batch=5)) as feed:
+            found.append(take(feed, 10))
+        counts.append(len(asked))
+    assert all(map(same, *found))
+    assert counts[0] >= 10 * 5 and counts[1] == 5 + len(set(PROMPTS))
+
+
+def test_what_is_wrong_with_prompts_to_keep_is_said_of_them(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"a": "x", "b": "y"}\n')
+    for path, message in ((tmp_path / "none.txt", "none.txt does not exist"), (tmp_path / "p.jsonl", "name one")):
+        with pytest.raises(ValueError, match=rf"data\.keep: .*{message}"):
+            feed_of(ImagesData(folder=made / "squares", keep=KeepConfig(prompts=path)))
 
 
 def test_a_state_with_prompts_to_keep_goes_on_with_them_alone(made: Path, tmp_path: Path) -> None:
@@ -444,9 +469,12 @@ def test_a_state_with_prompts_to_keep_goes_on_with_them_alone(made: Path, tmp_pa
             with pytest.raises(ValueError, match=message):
                 other.load_state_dict(one.state_dict())
     (tmp_path / "others.txt").write_text("a star\n")
-    others = ImagesData(folder=made / "images", keep=KeepConfig(prompts=tmp_path / "others.txt", batch=3))
-    with closing(feed_of(others)) as feed, pytest.raises(ValueError, match="the state is of other prompts than"):
-        feed.load_state_dict(whole_feed(kind, made).state_dict())
+    others = ImagesData(folder=made / "images", keep=KeepConfig(prompts=tmp_path / "others.txt", share=0.6))
+    with closing(feed_of(others, batch=5)) as feed, closing(whole_feed(kind, made)) as other:
+        before = feed.state_dict()
+        with pytest.raises(ValueError, match="the state is of other prompts to keep than"):
+            feed.load_state_dict(other.state_dict())
+        assert feed.state_dict() == before
 
 
 # Shapes

@@ -156,18 +156,23 @@ def test_a_device_that_there_is_not(capsys: pytest.CaptureFixture[str], tmp_path
     assert "compute.device is 'xyz', expected cpu, cuda or cuda:N" in capsys.readouterr().err
 
 
-def test_prompts_are_kept_by_the_method_that_needs_no_images_of_them(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_prompts_are_kept_by_the_method_that_reads_them(capsys: pytest.CaptureFixture[str]) -> None:
     keep = "data.keep={prompts: p.txt}"
-    recipe = read_recipe("z-image-d-opsd", [keep, "data.keep.batch=3"])
-    assert isinstance(recipe.data, ImagesData) and recipe.data.keep is not None and recipe.data.keep.batch == 3
-    refused = "needs images of all captions: only d_opsd does not (on_policy=true)"
+    recipe = read_recipe("z-image-d-opsd", [keep, "data.keep.share=.75", "batch=8"])
+    assert isinstance(recipe.data, ImagesData) and recipe.data.keep is not None and recipe.data.keep.rows(8) == 6
+    unread = "data.keep is given, and {} does not read it: only d_opsd does"
+    images = "data={kind: images, folder: i, keep: {prompts: p.txt}}"
+    of = "data.keep.share is {} of a batch of {}, which leaves no room for {}"
     cases = {
-        ("z-image-d-opsd", keep, "data.keep.batch=0"): "batch is 0, expected at least 1, or null",
-        ("z-image-d-opsd", "data.keep.batch=3"): "data.keep.prompts: missing",
-        ("z-image-d-opsd", keep, "method.on_policy=false"): f"data.keep is given, and d_opsd {refused}",
-        ("z-image-flow-matching", keep): f"data.keep is given, and flow_matching {refused}",
+        ("z-image-d-opsd", keep, "data.keep.share=1"): "share is 1.0, expected a number between 0 and 1",
+        ("z-image-d-opsd", keep, "data.keep.share=.1", "batch=4"): of.format(0.1, 4, "prompts"),
+        ("z-image-d-opsd", keep, "batch=1"): of.format(0.5, 1, "prompts"),
+        ("z-image-d-opsd", keep, "data.keep.share=.9", "batch=2"): of.format(0.9, 2, "images"),
+        ("z-image-d-opsd", "data.keep.share=.3"): "data.keep.prompts: missing",
+        ("z-image-d-opsd", keep, "method.on_policy=false"): "with method.on_policy=false every caption needs an image",
+        ("z-image-flow-matching", keep): unread.format("flow_matching"),
+        ("z-image-decoupled-dmd", images): unread.format("decoupled_dmd"),
+        ("z-image-dp-dmd", images): unread.format("dp_dmd"),
     }
     for words, message in cases.items():
         assert main(["train", *words]) == 2
