@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from ..train.durable_folder import publish, recover, temporary
 
 
 def target_of(out: str | Path, overwrite: bool, *sources: Path) -> Path:
@@ -17,6 +17,7 @@ def target_of(out: str | Path, overwrite: bool, *sources: Path) -> Path:
         sources: what is exported, none of which may lie in the target, or the target in one of them.
     """
     target = Path(out).expanduser().resolve()
+    recover(target.parent, target.name)  # from an export that was killed
     if target.exists() and not target.is_dir():
         raise ValueError(f"export: {target} is a file; give a folder")
     if target.exists() and not overwrite:
@@ -37,35 +38,15 @@ def target_of(out: str | Path, overwrite: bool, *sources: Path) -> Path:
 def new_folder(target: Path) -> Iterator[Path]:
     """What is written into it becomes `target`, in the place of what was there; an error leaves all as it was."""
     made = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    old = new.with_name(f"{new.name}.old")
     try:
-        yield new
-        new.chmod(0o777 & ~_umask())  # a temporary folder is its owner's alone
-        if target.exists():
-            target.rename(old)
-        try:
-            new.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
-            raise
+        with temporary(target.parent, target.name) as new:
+            yield new
+            publish(new, target)
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
         for folder in made:
             with contextlib.suppress(OSError):  # somebody else has put something there
                 folder.rmdir()
         raise
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _umask() -> int:
-    """Which can only be read by setting it."""
-    found = os.umask(0o077)
-    os.umask(found)
-    return found
 
 
 def check_space(where: Path, needed: int) -> None:

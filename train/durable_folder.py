@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -90,7 +91,11 @@ def publish(folder: Path, final: Path) -> None:
         aside = final.with_name(f"{ASIDE}{final.name}")
         with locked(final):
             os.rename(final, aside)
-            os.rename(folder, final)
+            try:
+                os.rename(folder, final)
+            except OSError:
+                os.rename(aside, final)
+                raise
             sync_folder(final.parent)
             shutil.rmtree(aside)
     sync_folder(final.parent)
@@ -116,18 +121,23 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def recover(parent: Path) -> None:
-    """Removes what dead processes left in `parent`, and puts back what one of them had only just set aside."""
+def recover(parent: Path, name: str | None = None) -> None:
+    """Removes what dead processes left in `parent`, and puts back what one of them had only just set aside.
+
+    Args:
+        name: of the folder that they were making; None: of any, where `parent` is ours alone.
+    """
     if not os.access(parent, os.W_OK):
         return
-    for folder in parent.glob(f"{ASIDE}*"):
+    one = None if name is None else glob.escape(name)
+    for folder in parent.glob(f"{ASIDE}{one or '*'}"):
         final = parent / folder.name.removeprefix(ASIDE)
         with suppress(FileNotFoundError), locked(folder) as dead:
             if dead and final.exists():
                 shutil.rmtree(folder, ignore_errors=True)
             elif dead:
                 os.rename(folder, final)
-    for folder in parent.glob(f"{TEMPORARY}*"):
+    for folder in parent.glob(f"{TEMPORARY}*" if one is None else f"{TEMPORARY}{one}-*"):
         with suppress(FileNotFoundError, NotADirectoryError), locked(folder) as dead:
             if dead:
                 shutil.rmtree(folder, ignore_errors=True)

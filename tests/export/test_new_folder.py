@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from twostep.export.new_folder import check_space, new_folder, target_of
+from twostep.train import durable_folder
 
 
 def test_it_takes_the_old_ones_place_or_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,15 +22,18 @@ def test_it_takes_the_old_ones_place_or_leaves_it(tmp_path: Path, monkeypatch: p
         raise ZeroDivisionError
     assert [path.name for path in target.iterdir()] == ["first"] and list(tmp_path.iterdir()) == [target]
 
-    rename = Path.rename
+    rename = os.rename
 
-    def refuses(self: Path, to: Path) -> Path:
-        if self.name.endswith(".old") or to.name.endswith(".old"):
-            return rename(self, to)
-        raise OSError("no")
+    def refuses(one: Path, other: Path) -> None:
+        if Path(one).name.startswith(durable_folder.TEMPORARY):
+            raise OSError("no")
+        rename(one, other)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no"), new_folder(target) as new:
-        patch.setattr(Path, "rename", refuses)
+    with monkeypatch.context() as patch:
+        patch.setattr(durable_folder, "_exchange", lambda one, other: False)  # as on NFS
+        patch.setattr(os, "rename", refuses)
+        with pytest.raises(OSError, match="no"), new_folder(target) as new:
+            (new / "third").touch()
     assert [path.name for path in target.iterdir()] == ["first"] and list(tmp_path.iterdir()) == [target]
     with new_folder(target) as new:
         (new / "second").touch()
@@ -43,6 +50,44 @@ def test_others_may_read_it_as_the_umask_has_it(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from twostep.export.new_folder import new_folder
+from twostep.train import durable_folder
+
+if sys.argv[2] == "set aside":  # between the two renames where a file system cannot exchange folders
+    durable_folder._exchange = lambda one, other: False
+    durable_folder.sync_folder = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+    rename = os.rename
+    os.rename = lambda one, other: rename(one, other) if Path(one).name == "out" else os.kill(os.getpid(), 9)
+with new_folder(Path(sys.argv[1])) as new:
+    (new / "half").touch()
+    if sys.argv[2] == "writing":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("when", ["writing", "set aside"])
+def test_what_a_killed_export_left_is_cleared_by_the_next_one(tmp_path: Path, when: str) -> None:
+    """And nobody else's: a process that still writes, another folder's, a stranger's folder of a like name."""
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "export.json").touch()
+    status = subprocess.run([sys.executable, "-c", KILLED, str(target), when], check=False).returncode
+    assert status == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2 and target.exists() == (when == "writing")
+    others = [tmp_path / ".tmp-other-1", tmp_path / ".tmp-stranger", tmp_path / ".old-other"]
+    for other in others:
+        other.mkdir()
+    with new_folder(target) as new:
+        with pytest.raises(ValueError, match="is there already"):
+            target_of(target, False)
+        assert new.exists()
+    assert target_of(target, True) == target
+    assert {*tmp_path.iterdir()} == {target, *others}
 
 
 def test_what_is_exported_is_not_overwritten(tmp_path: Path) -> None:
