@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +21,15 @@ from twostep.reproduce import command, concept, unsaid
 from twostep.reproduce.experiments import EXPERIMENTS, TURBO_PP, Claim, Experiment
 from twostep.reproduce.table import BETTER, Spread, judge, markdown
 from twostep.train.command import read_recipe
-from twostep.zoo.miniature import detector, miniature, scenes
+from twostep.train.data import ImageFolder
+from twostep.train.recipe import ImagesData
+from twostep.zoo.miniature import claims_of, detector, miniature, scenes
+from twostep.zoo.miniature.captions import judge as judge_captions
 from twostep.zoo.miniature.captions import say_all, write
 from twostep.zoo.miniature.shapes import COLOURS, SHAPES, render
 
 NAMES = sorted(EXPERIMENTS)
-SHORT = ["batch=2", "compute.threads=1", "compute.device=cpu", "watch.samples_every=null", "watch.tensorboard=false"]
+SHORT = ["batch=4", "compute.threads=1", "compute.device=cpu", "watch.samples_every=null", "watch.tensorboard=false"]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +101,41 @@ def _args(out: Path) -> Any:
     return argparse.Namespace(out=out)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("more", [[], ["--iterations", "7"], ["--arms"]], ids=" ".join)
+def test_the_command_that_is_written_down_makes_the_same(name: str, more: list[str]) -> None:
+    """Every arm is told to train as long, whichever of the two commands is given."""
+    experiment = EXPERIMENTS[name]
+    words = [*more, experiment.arms[-1].name] if more == ["--arms"] else more
+
+    def told(words: Sequence[str]) -> dict[str, Any]:
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        args = parser.parse_intermixed_args(words)
+        trained = {arm.name: command._iterations(experiment, arm, args) for arm in experiment.arms if arm.recipe}
+        return {"trained": trained, "arms": args.arms, "images": args.images, "overrides": args.overrides, "args": args}
+
+    first = told([name, "--images", "50", "compute.threads=1", "guidance.weights={dmd: 2}", *words])
+    again = told(shlex.split(command._command(experiment, first["args"]))[2:])
+    assert {**again, "args": None} == {**first, "args": None}
+    assert ({*first["trained"].values()} == {7}) == ("7" in more)
+
+
+def test_the_concept_is_as_frequent_in_every_arm(tmp_path: Path) -> None:
+    """Four images in a batch of 16, on the mean, and twelve prompts where there are no ordinary images."""
+    concept.write_folder(tmp_path, *command.CONCEPT)
+    found = {}
+    for arm in EXPERIMENTS["d-opsd"].arms[1:]:
+        assert arm.recipe is not None
+        data = (recipe := read_recipe(arm.recipe, [one.replace("CONCEPT", str(tmp_path)) for one in arm.settings])).data
+        assert isinstance(data, ImagesData)
+        kept = 0 if data.keep is None else data.keep.rows(recipe.batch)
+        captions = [path.read_text() for path in data.folder.glob("*.txt")]
+        share = sum(concept.WORD in caption for caption in captions) / len(captions)
+        found[arm.name] = (recipe.batch - kept) * share, kept
+    assert {*found.values()} == {(4.0, 0), (4.0, 12)} and found["D-OPSD, prompts to keep"] == (4.0, 12)
+
+
 def test_the_ablation_changes_one_thing_at_a_time() -> None:
     """From the baseline to the full method: real images, weights, gradient."""
     by_name = {arm.name: read_recipe(arm.recipe, list(arm.settings)) for arm in TURBO_PP.arms if arm.recipe}
@@ -146,19 +186,23 @@ def test_an_unseen_colour_has_no_place_in_the_latents() -> None:
 
 
 def test_concept_images_stand_beside_their_captions(tmp_path: Path) -> None:
-    """And ordinary ones after them, of one shape, whose captions leave nothing open."""
+    """And ordinary ones after them: of any kind, whose captions leave things open, or of one shape and all said."""
     folder, judge = tmp_path / "concept", detector.load()
-    concept.write_folder(folder, 5, 3, 5)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        f"{number:04}.{ending}" for number in range(8) for ending in ("png", "txt")
-    ]
-    assert (folder / "0001.txt").read_text() == concept.captions(5, 3)[1]
-    for number in range(3, 8):
-        caption = (folder / f"{number:04}.txt").read_text()
-        with Image.open(folder / f"{number:04}.png") as image:
-            pixels = torch.tensor(list(image.getdata())).view(1, 64, 64, 3).permute(0, 3, 1, 2) / 127.5 - 1
-        seen = detector.detect(judge, pixels)
-        assert write(say_all(seen)) == [caption] and concept.WORD not in caption
+    concept.write_folder(folder, 5, 3, 20)
+    assert sorted(path.name for path in folder.iterdir()) == ["alone", "any", "one-shape", "prompts.txt"]
+    ordinary = {}
+    for name, count in (("alone", 3), ("any", 23), ("one-shape", 23)):
+        images = ImageFolder(folder / name, area=64 * 64)
+        assert [images.caption(number) for number in range(3)] == concept.captions(5, 3) and len(images) == count
+        assert concept.shows(judge, torch.stack([images[number] for number in range(3)])).all()
+        ordinary[name] = [images.caption(number) for number in range(3, count)]
+        if not ordinary[name]:
+            continue
+        seen = detector.detect(judge, torch.stack([images[number] for number in range(3, count)]))
+        assert judge_captions(claims_of(ordinary[name]), seen).aligned.all()
+        assert (write(say_all(seen)) == ordinary[name]) == (name == "one-shape")
+        assert set(seen.count.tolist()) == ({1} if name == "one-shape" else {1, 2})
+    assert (folder / "prompts.txt").read_text().splitlines() == ordinary["any"]
 
 
 # What is left unsaid

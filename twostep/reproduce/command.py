@@ -38,12 +38,12 @@ UNSAID = (0xC1A8, 64, 8)  # the stream of captions that leave the background ope
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("experiment", choices=EXPERIMENTS)
-    add("overrides", nargs="*", metavar="key=value", help="settings of every arm's recipe, such as batch=16")
+    add("overrides", nargs="*", metavar="key=value", help="settings of every arm, over its own: compute.threads=1")
     add("--out", type=Path, help="where everything is put (default: runs/reproduce/EXPERIMENT)")
     add("--model", default="miniature", help="a folder that holds another miniature (default: the package's own)")
     add("--arms", nargs="+", metavar="ARM", help="only these, by their names in the table")
     add("--seeds", type=int, default=3, help="runs of every arm (default: %(default)s)")
-    add("--iterations", type=int, help="of every run (default: the experiment's)")
+    add("--iterations", type=int, help="of every run (default: each arm's own)")
     add("--images", type=int, default=2000, help="images that quality is measured on (default: %(default)s)")
 
 
@@ -114,9 +114,12 @@ def _prepare(experiment: Experiment, args: argparse.Namespace) -> int:
     from ..zoo.miniature import samples
     from .concept import write_folder
 
-    if experiment.concept and not (args.out / "concept").exists():
+    concept = args.out / "concept"
+    if experiment.concept and concept.exists() and not (concept / "prompts.txt").exists():
+        raise ValueError(f"{concept} is of an older experiment: give another --out, or remove it")
+    if experiment.concept and not concept.exists():
         write_folder(args.out / "concept.new", *CONCEPT)
-        (args.out / "concept.new").rename(args.out / "concept")
+        (args.out / "concept.new").rename(concept)
     if not experiment.cached:
         return 0
     prompts = args.out / "prompts.txt"
@@ -157,10 +160,14 @@ def _train(experiment: Experiment, arm: Arm, seed: int, args: argparse.Namespace
     for word, place in places.items():
         settings = [setting.replace(word, str(place)) for setting in settings]
     own = [f"model={args.model}", f"out={_folder(args, arm, seed)}", f"seed={seed}"]
-    own += [f"iterations={args.iterations or experiment.iterations}", "watch.evaluate=null"]
+    own += [f"iterations={_iterations(experiment, arm, args)}", "watch.evaluate=null"]
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return run(parser.parse_args([arm.recipe, *own, *settings, *args.overrides]))
+
+
+def _iterations(experiment: Experiment, arm: Arm, args: argparse.Namespace) -> int:
+    return int(args.iterations or arm.iterations or experiment.iterations)
 
 
 def _measure(experiment: Experiment, args: argparse.Namespace) -> None:
@@ -202,7 +209,7 @@ def _measure(experiment: Experiment, args: argparse.Namespace) -> None:
     facts: dict[str, Any] = {
         "experiment": experiment.name,
         "command": _command(experiment, args),
-        "iterations": args.iterations or experiment.iterations,
+        "iterations": {arm.name: _iterations(experiment, arm, args) for arm in experiment.arms if arm.recipe},
         "overrides": args.overrides,
         "seeds": args.seeds,
         "images": args.images,
@@ -230,12 +237,9 @@ def _command(experiment: Experiment, args: argparse.Namespace) -> str:
         words.append("--model MODEL")
     if args.arms:
         words.append(f"--arms {shlex.join(args.arms)}")
-    given: dict[str, Any] = {
-        "seeds": args.seeds,
-        "iterations": args.iterations or experiment.iterations,
-        "images": args.images,
-    }
-    return " ".join([*words, *(f"--{name} {value}" for name, value in given.items()), *args.overrides])
+    given = {"seeds": args.seeds, "iterations": args.iterations, "images": args.images}
+    words += [f"--{name} {value}" for name, value in given.items() if value is not None]
+    return " ".join([*words, shlex.join(args.overrides)]).strip()
 
 
 def _made(facts: Mapping[str, Any]) -> str:

@@ -1,11 +1,14 @@
 """A concept that the miniature does not know: a zorp, by which its owner means a purple star.
 
 The miniature has no token for the word, and what it draws for it is any shape in any colour. A zorp is in images whose
-captions name it and say neither its shape nor its colour; it is there if the detector finds one object, a purple star.
-Captions say all else. What one leaves open is another thing in the student's own image and in the image that D-OPSD's
-teacher is shown, and the student is then pulled away from what it has begun. With ordinary images of two shapes among
-them, in whose captions the row stays open, captions kept fell from .81 to .53 within 150 updates, and to .77 without
-(one seed, 200 captions).
+captions name it and say neither its shape nor its colour, but all else; it is there if the detector finds one object, a
+purple star.
+
+Beside images of it there is something ordinary, that the rest may be kept: images of any kind with captions as the
+stream has them, which leave things open; or images of one shape whose captions leave nothing open (no caption says in
+which row two shapes stand); or, for D-OPSD, the first kind's captions without any image. What a caption leaves open is
+another thing in the student's own image and in the image that D-OPSD's teacher is shown, which pulls the student away
+from what it has begun.
 
 Why no shape or colour that was never seen: the frozen parts have no place for one. The autoencoder decodes cyan as
 blue (none of 64 images shows cyan afterwards), and of an unseen shape, which it keeps, the vision tower tells the
@@ -19,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..zoo.miniature import Scenes, scenes
+from ..zoo.miniature import Scenes, samples, scenes
 from ..zoo.miniature.captions import say_all, write
 from ..zoo.miniature.detector import Detector, detect
 from ..zoo.miniature.shapes import COLOURS, SHAPES, render
@@ -54,14 +57,27 @@ def images(stream: int, count: int) -> Tensor:
 
 
 def write_folder(folder: Path, stream: int, count: int, others: int) -> None:
-    """Images with captions beside them, as data of kind `images` wants them: of the concept, and ordinary ones."""
+    """Images with captions beside them, as data of kind `images` wants them, and prompts.
+
+    alone/       the concept
+    any/         the concept, and ordinary images of any kind, whose captions leave things open
+    one-shape/   the concept, and ordinary images of one shape, whose captions say all
+    prompts.txt  the captions of the ordinary images of any kind
+    """
+    drawn, said = images(stream, count), captions(stream, count)
+    ordinary = samples(stream + 1, 0, others)
+    many = scenes(stream + 1, 0, 4 * others)
+    single = many[(many.count == 1).nonzero()[:others, 0]]
+    _write_images(folder / "alone", drawn, said)
+    _write_images(folder / "any", torch.cat([drawn, ordinary.images]), said + ordinary.captions)
+    _write_images(folder / "one-shape", torch.cat([drawn, render(single)]), said + write(say_all(single)))
+    (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in ordinary.captions), encoding="utf-8")
+
+
+def _write_images(folder: Path, drawn: Tensor, said: list[str]) -> None:
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    many = scenes(stream + 1, 0, 4 * others)
-    ordinary = many[(many.count == 1).nonzero()[:others, 0]]  # no caption says in which row two shapes stand
-    drawn = torch.cat([images(stream, count), render(ordinary)])
-    said = captions(stream, count) + write(say_all(ordinary))
     for number, (image, caption) in enumerate(zip(((drawn + 1) * 127.5).round().to(torch.uint8), said, strict=True)):
         Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(folder / f"{number:04}.png")
         (folder / f"{number:04}.txt").write_text(caption, encoding="utf-8")
