@@ -67,7 +67,7 @@ class Watchdog:
             others[self.rank] = (count, doing)
             alike = len(others) == self.world_size and len({counted for counted, _ in others.values()}) == 1
             stopped = [] if store is None or not alike else self._without_life(store, 3 * pause)
-            places = {} if store is None or not alike else _places(store, self.world_size)
+            places = {} if store is None else _places(store, self.world_size)
             print(self._verdict(others, still, stopped, places), file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             os._exit(HANGS)
@@ -108,13 +108,14 @@ class Watchdog:
                 f"{head}: {_named(stopped)} gives no sign of life, and the others wait for it: its process was "
                 f"stopped, or its machine is lost; {advice}"
             )
+        # Said here, since the one that hangs may be ended before it prints its stack.
+        stand = "".join(f"\n  rank {rank} is at {place}" for rank, (_, place) in sorted(places.items()))
         if len(behind) == self.world_size:
-            stand = "".join(f"\n  rank {rank} is at {place}" for rank, (_, place) in sorted(places.items()))
             busy = [rank for rank, (waits, _) in sorted(places.items()) if not waits]
             if 0 < len(busy) < len(places):
                 return f"{head}: {_named(busy)} hangs, and the others wait for it; {advice}{stand}"
             return f"{head}; all ranks stand at the same place, and each prints its stack; {advice}{stand}"
-        return f"{head}: {_named(behind)} hangs ({beats[behind[0]][1]}), and the others wait for it; {advice}"
+        return f"{head}: {_named(behind)} hangs ({beats[behind[0]][1]}), and the others wait for it; {advice}{stand}"
 
 
 def _beats(store: Any, world_size: int) -> dict[int, tuple[int, str]]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.train import tiny_runs
 from twostep.cli import main
 from twostep.export import export_folder, export_lora
+from twostep.train.durable_folder import TEMPORARY
 
 Runs = dict[tuple[str, str, bool], Path]
 Places = dict[str, tiny_runs.Place]
@@ -142,7 +143,7 @@ def test_a_signal_leaves_nothing(runs: Runs, tmp_path: Path) -> None:
     words = [str(runs["klein", "full", False]), "--out", str(tmp_path / "out")]
     process = subprocess.Popen([sys.executable, "-m", "twostep", "export", *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.*/student.json")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(f"{TEMPORARY}out-*/student.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=120)

@@ -79,27 +79,30 @@ def test_a_fused_model_called_by_stocks_interface_is_stock(case: Case) -> None:
 def test_bfloat16_is_as_exact_as_stock(case: Case) -> None:
     """Error against the same weights and inputs in float64, at most twice stock's own: of the output, of the input's
     gradient, and of all parameters' gradients, each as large as its own parameter's. A single small parameter's error
-    is luck on both sides: one in a hundred may be more, and none above four times."""
-    low, batch = stock_model(case, dtype=torch.bfloat16), batch_of(case).to(torch.bfloat16)
-    exact = stock_model(case)
+    is luck on both sides, and of one attention's projections the same luck: they are taken over four batches, and one
+    in a hundred may be more then, none above four times."""
+    low, exact = stock_model(case, dtype=torch.bfloat16), stock_model(case)
     for parameter, source in zip(exact.parameters(), low.parameters(), strict=True):
         parameter.data = source.data.double()
-    # Times are data: both dtypes are given the very time that bfloat16 has (stock rounds it in FLUX.2).
-    batch.sigma = torch.full_like(batch.sigma, 0.5)
-    true, true_gradients = run(exact, case, batch.to(torch.float64), by_backbone=False)
-    parameters = [name for name, gradient in true_gradients.items() if gradient is not None and name != "x"]
-    errors, single = {}, {}
-    for name, model, by_backbone in (("stock", low, False), ("ours", fuse(copy_of(low)), True)):
-        value, found = run(model, case, batch.to(torch.bfloat16), by_backbone=by_backbone)
-        errors[name] = (
-            relative_error(value, true),
-            relative_error(found["x"], true_gradients["x"]),
-        )
-        single[name] = torch.tensor([relative_error(found[k], true_gradients[k]) for k in parameters])
-    for ours, stock in zip(errors["ours"], errors["stock"], strict=True):
-        assert ours <= 2 * stock
-    assert single["ours"].square().mean() <= 2 * single["stock"].square().mean()
-    ratios = single["ours"] / single["stock"].clamp_min(1e-6)
+    models = {"stock": (low, False), "ours": (fuse(copy_of(low)), True)}
+    squares: dict[str, list[Tensor]] = {name: [] for name in models}
+    for seed in range(1, 5):
+        batch = batch_of(case, seed).to(torch.bfloat16)
+        # Times are data: both dtypes are given the very time that bfloat16 has (stock rounds it in FLUX.2).
+        batch.sigma = torch.full_like(batch.sigma, 0.5)
+        true, true_gradients = run(exact, case, batch.to(torch.float64), by_backbone=False)
+        parameters = [name for name, gradient in true_gradients.items() if gradient is not None and name != "x"]
+        errors = {}
+        for name, (model, by_backbone) in models.items():
+            value, found = run(model, case, batch.to(torch.bfloat16), by_backbone=by_backbone)
+            errors[name] = relative_error(value, true), relative_error(found["x"], true_gradients["x"])
+            each = [relative_error(found[k], true_gradients[k]) for k in parameters]
+            squares[name].append(torch.tensor(each).square())
+        for ours, stock in zip(errors["ours"], errors["stock"], strict=True):
+            assert ours <= 2 * stock
+    single = {name: torch.stack(found).mean(0) for name, found in squares.items()}
+    assert single["ours"].mean() <= 2 * single["stock"].mean()
+    ratios = (single["ours"] / single["stock"].clamp_min(1e-12)).sqrt()
     assert (ratios > 2).float().mean() <= 0.01 and ratios.max() <= 4, parameters[int(ratios.argmax())]
 
 
