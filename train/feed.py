@@ -25,7 +25,7 @@ from .data.prompts import Prompts, read_prompts
 from .methods.method import TrainingBatch
 from .parts import Parts, SharedContexts
 from .recipe import DataConfig, ImagesData, KeepConfig, PromptsData
-from .sources import ImagesSource, Making, PromptsSource, Shape, ShapesSource, Source, ToKeep
+from .sources import ImagesSource, Making, PromptsSource, Shape, ShapesSource, Source
 
 
 class Feed:
@@ -124,7 +124,7 @@ def make_feed(
         area = space.sample_size**2 if data.area is None else data.area
         folder = ImageFolder(data.folder, area=area, factor=space.factor * latent_factor, max_aspect=data.max_aspect)
         kept = None if data.keep is None else _to_keep(data.keep, batch, seed, rank, world_size)
-        images = batch - (0 if kept is None else kept.order.batch)
+        images = batch - (0 if kept is None else kept[1].batch)
         order = BucketOrder(folder.buckets, images, seed=seed, rank=rank, world_size=world_size)
         making = Making(parts, wants | uses, data.vision, data.vision_pixels)
         source = ImagesSource(making, folder, contexts, order, where, data.memory, kept)
@@ -139,12 +139,12 @@ def make_feed(
     return Feed(source, contexts)
 
 
-def _to_keep(keep: KeepConfig, batch: int, seed: int, rank: int, world_size: int) -> ToKeep:
+def _to_keep(keep: KeepConfig, batch: int, seed: int, rank: int, world_size: int) -> tuple[Prompts, Order]:
     try:
         prompts = read_prompts(keep.prompts, column=keep.column)
     except ValueError as error:
         raise ValueError(f"data.keep: {error}") from None
-    return ToKeep(prompts, Order(len(prompts), keep.rows(batch), seed=seed, rank=rank, world_size=world_size))
+    return prompts, Order(len(prompts), keep.rows(batch), seed=seed, rank=rank, world_size=world_size)
 
 
 # What a cache of prompts has to offer

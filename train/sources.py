@@ -210,14 +210,6 @@ class Made:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-@dataclass(frozen=True)
-class ToKeep:
-    """Prompts beside images: D-OPSD's student is held to what it was on them."""
-
-    prompts: Prompts
-    order: Order
-
-
 class ImagesSource:
     def __init__(
         self,
@@ -227,10 +219,11 @@ class ImagesSource:
         order: BucketOrder,
         device: torch.device,
         memory: int,
-        kept: ToKeep | None = None,
+        kept: tuple[Prompts, Order] | None = None,
     ) -> None:
         self.making, self.folder, self.contexts, self.order = making, folder, contexts, order
-        self.device, self.memory, self.kept = device, memory, kept
+        self.device, self.memory = device, memory
+        self.kept = None if kept is None else PromptBatches(kept[0], _Alone(self), kept[1])
         self.shape: Shape | None = self._shape_of(0) if len(folder.sizes) == 1 else None
         self._stored: dict[int | str, Made] = {}  # by an image's number, or a prompt
         self._taken = 0  # bytes
@@ -253,11 +246,10 @@ class ImagesSource:
             batch = self.making.batch(context, latents, target, self._shape_of(bucket))
             if self.kept is None:
                 return batch
-            prompts = self.kept.prompts[next(self.kept.order)]
-            return replace(batch, kept=Context.cat([self._of_prompt(one) for one in prompts]).to(self.device))
+            return replace(batch, kept=next(self.kept).context.to(self.device))
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {} if self.kept is None else {"keep": self._kept_state()}
+        kept = {} if self.kept is None else {"keep": self.kept.state_dict()}
         return {"images": self._fingerprint, "order": self.order.state_dict(), **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -271,18 +263,9 @@ class ImagesSource:
                 f"feed: the state is of a run {'without' if self.kept else 'with'} data.keep; resume as the run began, "
                 f"or begin a new run"
             )
-        if self.kept is not None and state["keep"]["prompts"] != self.kept.prompts.fingerprint:
-            raise ValueError(
-                f"feed: the state is of other prompts to keep than those of {self.kept.prompts.source} (or of another "
-                f"order of them); resume with the file that the run began with, or begin a new run"
-            )
-        self.order.load_state_dict(state["order"])
         if self.kept is not None:
-            self.kept.order.load_state_dict(state["keep"]["order"])
-
-    def _kept_state(self) -> dict[str, Any]:
-        assert self.kept is not None
-        return {"prompts": self.kept.prompts.fingerprint, "order": self.kept.order.state_dict()}
+            self.kept.load_state_dict(state["keep"])
+        self.order.load_state_dict(state["order"])
 
     def captions(self, count: int) -> list[str]:
         return _first((entry.caption for entry in self.folder.entries), count)
@@ -333,7 +316,7 @@ class ImagesSource:
                 target = _on_cpu(making.target([caption], image, context, latents))
         return self._store(number, Made(_on_cpu(context), None if latents is None else latents.cpu(), target))
 
-    def _of_prompt(self, prompt: str) -> Context:
+    def of_prompt(self, prompt: str) -> Context:
         if prompt not in self._stored:
             return self._store(prompt, Made(_on_cpu(self.contexts[[prompt]]), None, None)).context
         return self._stored[prompt].context
@@ -343,6 +326,20 @@ class ImagesSource:
         if self._taken + made.nbytes <= self.memory:
             self._stored[name], self._taken = made, self._taken + made.nbytes
         return made
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """Contexts of prompts, each made alone and stored with what was made of images."""
+
+    source: ImagesSource
+
+    @property
+    def encoder(self) -> str:
+        return self.source.contexts.encoder
+
+    def __getitem__(self, prompts: list[str]) -> Context:
+        return Context.cat([self.source.of_prompt(prompt) for prompt in prompts])
 
 
 # Shapes

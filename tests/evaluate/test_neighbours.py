@@ -102,6 +102,7 @@ def test_mistakes_are_named() -> None:
         neighbour_metrics(normal(0, 9, 2) / 0 * 0, normal(0, 9, 2))
 
 
+@pytest.mark.slow
 def test_precision_does_not_see_speckle_and_cleanness_does() -> None:
     """The table of docs/evaluate.md: the miniature's images, others of them with noise on them."""
     network = MiniatureFeatures(detector.load(), "each")

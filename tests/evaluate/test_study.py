@@ -416,6 +416,7 @@ def test_mistakes_are_explained(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_given_the_real_images() -> None:
     """What the page and docs/evaluate.md say of them: 150 sets of 200 real images, 200 generated ones of each."""
     random, count, sets = torch.Generator().manual_seed(0), 200, 150

@@ -472,7 +472,7 @@ def test_a_state_with_prompts_to_keep_goes_on_with_them_alone(made: Path, tmp_pa
     others = ImagesData(folder=made / "images", keep=KeepConfig(prompts=tmp_path / "others.txt", share=0.6))
     with closing(feed_of(others, batch=5)) as feed, closing(whole_feed(kind, made)) as other:
         before = feed.state_dict()
-        with pytest.raises(ValueError, match="the state is of other prompts to keep than"):
+        with pytest.raises(ValueError, match="the state is of other prompts than"):
             feed.load_state_dict(other.state_dict())
         assert feed.state_dict() == before
 

@@ -7,8 +7,8 @@ purple star.
 Beside images of it there is something ordinary, that the rest may be kept: images of any kind with captions as the
 stream has them, which leave things open; or images of one shape whose captions leave nothing open (no caption says in
 which row two shapes stand); or, for D-OPSD, the first kind's captions without any image. What a caption leaves open is
-another thing in the student's own image and in the image that D-OPSD's teacher is shown, which pulls the student away
-from what it has begun.
+another thing in the student's own image and in the image that D-OPSD's teacher is shown, which is likely to pull the
+student away from what it has begun.
 
 Why no shape or colour that was never seen: the frozen parts have no place for one. The autoencoder decodes cyan as
 blue (none of 64 images shows cyan afterwards), and of an unseen shape, which it keeps, the vision tower tells the
