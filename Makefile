@@ -20,7 +20,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 PARTS := $(wildcard twostep/__init__.py zoo/__init__.py losses/__init__.py train/__init__.py evaluate/__init__.py export/__init__.py)
 NATIVE := $(shell find csrc -path csrc/simt -prune -o -type f -print)
 BUILD := setup.py pyproject.toml twostep/version.py constraints.txt $(wildcard build_backend/*.py)
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PY_FILES := setup.py build_backend tests $(wildcard benchmarks examples) $(patsubst %/__init__.py,%,$(PARTS))
 
 INSTALLED := build/stamps/installed-$(subst /,-,$(VENV))

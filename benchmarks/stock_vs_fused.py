@@ -3,10 +3,11 @@
     python benchmarks/stock_vs_fused.py --out DIR                   the miniature's size, on this CPU
     python benchmarks/stock_vs_fused.py --device cuda --out DIR     blocks of the real models, on a GPU
 
-The candidates take turns; medians are compared. `floor` is what the matrix products and the attention of the fused
-model take by the profiler: nothing that leaves those alone can be faster, so stock / floor is the best ratio there is.
-On the CPU the allocator is the system's, as it is for users; --keep-freed-memory spares both candidates its page
-faults.
+The candidates take turns, of one run that is not measured and TURN that are: the first pays for the memory and the
+caches that another model has left, which nobody who runs one model has to. Medians are compared. `floor` is what the
+matrix products and the attention of the fused model take by the profiler: nothing that leaves those alone can be
+faster, so stock / floor is the best ratio there is. On the CPU the allocator is the system's, as it is for users;
+--keep-freed-memory spares both candidates its page faults.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from twostep import __version__
 from twostep.allocator import keep_freed_memory
 from twostep.zoo import fuse
 
+TURN = 4  # measured runs of a turn
 MATMULS = (
     "mm",
     "addmm",
@@ -166,9 +168,10 @@ def time_turns(runs: dict[str, Callable[[], Any]], device: str, seconds: float) 
     for run in runs.values():
         run(), run()
     deadline = time.perf_counter() + seconds * len(runs)
-    while len(next(iter(samples.values()))) < 5 or time.perf_counter() < deadline:
+    while len(next(iter(samples.values()))) < 2 * TURN or time.perf_counter() < deadline:
         for name, run in runs.items():
-            samples[name].append(seconds_of(run, device))
+            run()
+            samples[name] += [seconds_of(run, device) for _ in range(TURN)]
     return {name: statistics.median(found) for name, found in samples.items()}
 
 

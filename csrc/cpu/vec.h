@@ -3,7 +3,8 @@
 // Arithmetic is the compiler's own (vector_size), so one source serves AVX-512, AVX2, SSE2 and NEON. What is written
 // by hand are the conversions: bfloat16 and float16 round to nearest even on store and keep NaN a NaN. A load or
 // store takes Full, or Part{n} for the first n lanes at a row's end; Part neither reads nor writes past them, and
-// loads zeros into the other lanes.
+// loads zeros into the other lanes. It is masked where the processor can: through a buffer, a row of 341 floats took
+// half as long again.
 #pragma once
 
 #include <cstdint>
@@ -109,6 +110,89 @@ TWOSTEP_INLINE F64v load(const double* p, Full) {
 TWOSTEP_INLINE void store(float* p, F32v v, Full) { __builtin_memcpy(p, &v, sizeof v); }
 TWOSTEP_INLINE void store(double* p, F64v v, Full) { __builtin_memcpy(p, &v, sizeof v); }
 
+#if TWOSTEP_AVX512
+TWOSTEP_INLINE uint32_t first_bits(Part part) { return (uint32_t{1} << part.n) - 1; }
+TWOSTEP_INLINE F32v load(const float* p, Part part) {
+  return bit_cast<F32v>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(first_bits(part)), p));
+}
+TWOSTEP_INLINE F64v load(const double* p, Part part) {
+  return bit_cast<F64v>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(first_bits(part)), p));
+}
+TWOSTEP_INLINE void store(float* p, F32v v, Part part) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(first_bits(part)), bit_cast<__m512>(v));
+}
+TWOSTEP_INLINE void store(double* p, F64v v, Part part) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_bits(part)), bit_cast<__m512d>(v));
+}
+#elif TWOSTEP_AVX2
+// All bits of the first n lanes; a masked load or store looks at the highest.
+template <class A>
+TWOSTEP_INLINE __m256i first_lanes(int64_t n) {
+  return bit_cast<__m256i>(lane_numbers<A>() < static_cast<decltype(lane_numbers<A>()[0] + 0)>(n));
+}
+TWOSTEP_INLINE F32v load(const float* p, Part part) {
+  return bit_cast<F32v>(_mm256_maskload_ps(p, first_lanes<float>(part.n)));
+}
+TWOSTEP_INLINE F64v load(const double* p, Part part) {
+  return bit_cast<F64v>(_mm256_maskload_pd(p, first_lanes<double>(part.n)));
+}
+TWOSTEP_INLINE void store(float* p, F32v v, Part part) {
+  _mm256_maskstore_ps(p, first_lanes<float>(part.n), bit_cast<__m256>(v));
+}
+TWOSTEP_INLINE void store(double* p, F64v v, Part part) {
+  _mm256_maskstore_pd(p, first_lanes<double>(part.n), bit_cast<__m256d>(v));
+}
+#else
+template <class V, class T>
+TWOSTEP_INLINE V load_by_element(const T* p, Part part) {
+  V v{};
+  for (int64_t i = 0; i < part.n; ++i) v[i] = p[i];
+  return v;
+}
+template <class V, class T>
+TWOSTEP_INLINE void store_by_element(T* p, V v, Part part) {
+  for (int64_t i = 0; i < part.n; ++i) p[i] = v[i];
+}
+TWOSTEP_INLINE F32v load(const float* p, Part part) { return load_by_element<F32v>(p, part); }
+TWOSTEP_INLINE F64v load(const double* p, Part part) { return load_by_element<F64v>(p, part); }
+TWOSTEP_INLINE void store(float* p, F32v v, Part part) { store_by_element(p, v, part); }
+TWOSTEP_INLINE void store(double* p, F64v v, Part part) { store_by_element(p, v, part); }
+#endif
+
+// --- the bits of 16-bit types
+
+TWOSTEP_INLINE U16h load_u16(const uint16_t* p, Full) {
+  U16h h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return h;
+}
+TWOSTEP_INLINE void store_u16(uint16_t* p, U16h h, Full) { __builtin_memcpy(p, &h, sizeof h); }
+
+#if TWOSTEP_AVX512
+TWOSTEP_INLINE U16h load_u16(const uint16_t* p, Part part) {
+  return bit_cast<U16h>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_bits(part)), p));
+}
+TWOSTEP_INLINE void store_u16(uint16_t* p, U16h h, Part part) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(first_bits(part)), bit_cast<__m256i>(h));
+}
+#elif TWOSTEP_AVX2
+// Masks are for 32 bits here: pairs go by them, and the last element by itself, which where n is even is done twice.
+TWOSTEP_INLINE __m128i first_pairs(Part part) { return _mm256_castsi256_si128(first_lanes<float>(part.n / 2)); }
+TWOSTEP_INLINE U16h load_u16(const uint16_t* p, Part part) {
+  const U16h pairs = bit_cast<U16h>(_mm_maskload_epi32(reinterpret_cast<const int*>(p), first_pairs(part)));
+  const U16h lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  const uint16_t last = static_cast<uint16_t>(part.n - 1);
+  return lane == last ? U16h{} + p[last] : pairs;
+}
+TWOSTEP_INLINE void store_u16(uint16_t* p, U16h h, Part part) {
+  _mm_maskstore_epi32(reinterpret_cast<int*>(p), first_pairs(part), bit_cast<__m128i>(h));
+  p[part.n - 1] = h[part.n - 1];
+}
+#else
+TWOSTEP_INLINE U16h load_u16(const uint16_t* p, Part part) { return load_by_element<U16h>(p, part); }
+TWOSTEP_INLINE void store_u16(uint16_t* p, U16h h, Part part) { store_by_element(p, h, part); }
+#endif
+
 // --- 16-bit integers and 32-bit ones: by intrinsics where GCC 12's __builtin_convertvector takes three times the work
 
 #if TWOSTEP_AVX512
@@ -137,14 +221,13 @@ TWOSTEP_INLINE U16h narrow_bf16(F32v v) {
   return narrow_u32(v == v ? rounded : quiet);
 }
 
-TWOSTEP_INLINE F32v load(const Bf16* p, Full) {
-  U16h h;
-  __builtin_memcpy(&h, p, sizeof h);
-  return widen_bf16(h);
+template <class Lanes>
+TWOSTEP_INLINE F32v load(const Bf16* p, Lanes lanes) {
+  return widen_bf16(load_u16(&p->bits, lanes));
 }
-TWOSTEP_INLINE void store(Bf16* p, F32v v, Full) {
-  const U16h h = narrow_bf16(v);
-  __builtin_memcpy(p, &h, sizeof h);
+template <class Lanes>
+TWOSTEP_INLINE void store(Bf16* p, F32v v, Lanes lanes) {
+  store_u16(&p->bits, narrow_bf16(v), lanes);
 }
 
 // --- float16: F16C where there is AVX2, else integer arithmetic
@@ -180,29 +263,13 @@ TWOSTEP_INLINE U16h narrow_f16(F32v v) {
 }
 #endif
 
-TWOSTEP_INLINE F32v load(const F16* p, Full) {
-  U16h h;
-  __builtin_memcpy(&h, p, sizeof h);
-  return widen_f16(h);
+template <class Lanes>
+TWOSTEP_INLINE F32v load(const F16* p, Lanes lanes) {
+  return widen_f16(load_u16(&p->bits, lanes));
 }
-TWOSTEP_INLINE void store(F16* p, F32v v, Full) {
-  const U16h h = narrow_f16(v);
-  __builtin_memcpy(p, &h, sizeof h);
-}
-
-// --- the end of a row, through a buffer on the stack: once a row, and never where the width is a multiple of the lanes
-
-template <class T>
-TWOSTEP_INLINE Vec<Acc<T>> load(const T* p, Part part) {
-  T buffer[kLanes<Acc<T>>] = {};
-  for (int64_t i = 0; i < part.n; ++i) buffer[i] = p[i];
-  return load(buffer, Full{});
-}
-template <class T>
-TWOSTEP_INLINE void store(T* p, Vec<Acc<T>> v, Part part) {
-  T buffer[kLanes<Acc<T>>];
-  store(buffer, v, Full{});
-  for (int64_t i = 0; i < part.n; ++i) p[i] = buffer[i];
+template <class Lanes>
+TWOSTEP_INLINE void store(F16* p, F32v v, Lanes lanes) {
+  store_u16(&p->bits, narrow_f16(v), lanes);
 }
 
 // --- across lanes

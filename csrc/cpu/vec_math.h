@@ -18,12 +18,25 @@ TWOSTEP_INLINE F32v scale_by_power(F32v v, F32v n, I32v n_int) {
 #endif
 }
 
+// x, but at least -105 and at most 90, and NaN where it is NaN: of (bound, x), min and max take the second then.
+TWOSTEP_INLINE F32v exp_range(F32v x) {
+#if TWOSTEP_AVX512
+  const __m512 below = _mm512_min_ps(_mm512_set1_ps(90.0f), bit_cast<__m512>(x));
+  return bit_cast<F32v>(_mm512_max_ps(_mm512_set1_ps(-105.0f), below));
+#elif TWOSTEP_AVX2
+  const __m256 below = _mm256_min_ps(_mm256_set1_ps(90.0f), bit_cast<__m256>(x));
+  return bit_cast<F32v>(_mm256_max_ps(_mm256_set1_ps(-105.0f), below));
+#else
+  x = x > 90.0f ? fill(90.0f) : x;
+  return x < -105.0f ? fill(-105.0f) : x;
+#endif
+}
+
 // x = n log 2 + r with |r| <= log(2) / 2; log 2 in two parts, so that r carries no error of the product. The
 // polynomial is the one of Cephes' expf.
 TWOSTEP_INLINE F32v exp(F32v x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
-  x = x > 90.0f ? fill(90.0f) : x;
-  x = x < -105.0f ? fill(-105.0f) : x;
+  x = exp_range(x);
   const F32v shifted = x * 1.44269504088896341f + kRound;
   const F32v n = shifted - kRound;
   const F32v r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
