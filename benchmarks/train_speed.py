@@ -57,7 +57,7 @@ def recipe(folder: Path, *, fused: bool, dtype: str, weights: str, batch: int) -
         "data": data,
         "out": str(folder / f"run-{fused}"),
         "batch": batch,
-        "roles": {"student": {"weights": weights, "rank": 16}},
+        "roles": {"student": {"weights": weights, **({"rank": 16} if weights == "lora" else {})}},
         "compute": {"dtype": dtype, "fused": fused, "device": "cpu"},
     }
     return load(Recipe, None, base=base)

@@ -1,0 +1,53 @@
+"""The benchmarks' scripts run, at their smallest: a number that nobody can measure again is worth nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """From the root, as their headers say."""
+    ended = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return found
+
+
+def test_stock_and_fused_models_are_timed_in_both_directions_and_dtypes(tmp_path: Path) -> None:
+    run("benchmarks/stock_vs_fused.py", "--seconds", "0.01", "--batch", "2", "--out", str(tmp_path))
+    rows = results(tmp_path / "stock_vs_fused.json")
+    assert len(rows) == 8
+    for row in rows:
+        assert set(row["milliseconds"]) == {"stock", "fused"} and min(row["milliseconds"].values()) > 0
+        assert 0 < row["floor"] and row["batch"] == 2
+
+
+def test_a_whole_iteration_of_the_trainer_is_timed_full_and_lora(tmp_path: Path) -> None:
+    small = ("--iterations", "1", "--batch", "2", "--dtype", "float32")
+    run("benchmarks/train_speed.py", *small, "--out", str(tmp_path))
+    rows = results(tmp_path / "train_speed.json")
+    assert [row["weights"] for row in rows] == ["full", "lora"]
+    assert all(row["ratio"] == pytest.approx(row["seconds"]["stock"] / row["seconds"]["fused"]) for row in rows)
+
+
+def test_an_operator_is_timed_by_pytest_benchmark_beside_what_one_would_use_instead(tmp_path: Path) -> None:
+    chosen = "32x96x128 and float32 and forward and (twostep or eager)"
+    file = tmp_path / "found.json"
+    quick = ("--benchmark-min-rounds=1", "--benchmark-max-time=0.01", "--benchmark-warmup=off", "-p", "no:xdist")
+    run("-m", "pytest", "benchmarks/bench_rope.py", "-k", chosen, *quick, f"--benchmark-json={file}")
+    found = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
+    assert {entry["params"]["candidate"] for entry in found} == {"twostep", "eager"}
+    assert len({entry["group"] for entry in found}) == 1 and found[0]["extra_info"]["floor_bytes"] > 0
