@@ -32,7 +32,7 @@ def test_stock_and_fused_models_are_timed_in_both_directions_and_dtypes(tmp_path
     assert len(rows) == 8
     for row in rows:
         assert set(row["milliseconds"]) == {"stock", "fused"} and min(row["milliseconds"].values()) > 0
-        assert 0 < row["floor"] and row["batch"] == 2
+        assert row["floor"] > 0 and row["batch"] == 2
 
 
 def test_a_whole_iteration_of_the_trainer_is_timed_full_and_lora(tmp_path: Path) -> None:

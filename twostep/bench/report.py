@@ -123,10 +123,10 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.invert_yaxis()
         axis.set_xlabel("% of the copy bandwidth, counting unavoidable bytes")
         axis.set_title(direction)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.06 - 0.8 / len(chosen)), ncols=len(names))
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 
