@@ -11,7 +11,7 @@ from typing import Any
 from twostep.bench.measure import Row
 
 RESULTS = Path(__file__).resolve().parent / "results"
-FILES = ("kernels", "stock_vs_fused", "train_speed", "unroll", "exported_forms", "full_size")
+FILES = ("kernels", "launch", "stock_vs_fused", "train_speed", "unroll", "exported_forms", "full_size")
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@
 #   benchmarks/gpu.sh OUTDIR
 #
 # Builds against the torch that `python3` has (PYTHON=... chooses another), runs the GPU tests, compute-sanitizer over
-# every kernel, the kernel table, the models beside stock diffusers, exported forms beside the teacher, and the memory of
-# the two-step backward and of the stash. It needs no network: wheels of missing packages and of peers (liger-kernel,
-# quack, diffusers, ...) are taken from the folder WHEELS (default: wheels/, then .whl/), if there is one. Every stage has
-# a time limit and leaves its log in OUTDIR; a stage that fails does not stop the next, and the exit status is the number
-# of stages that failed. STAGES="build kernels" runs only those (of: build tests sanitizer models unroll stash forms
-# kernels).
+# every kernel, the kernel table and the overhead of a call, the models beside stock diffusers, exported forms beside the
+# teacher, and the memory of the two-step backward and of the stash. It needs no network: wheels of missing packages and
+# of peers (liger-kernel, quack, diffusers, ...) are taken from the folder WHEELS (default: wheels/, then .whl/), if there
+# is one. Every stage has a time limit and leaves its log in OUTDIR; a stage that fails does not stop the next, and the
+# exit status is the number of stages that failed. STAGES="build kernels" runs only those (of: build tests sanitizer
+# models unroll stash forms launch kernels). benchmarks/full_size.py, the update at Z-Image's real size, is a call of its
+# own.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -eq 1 ] || { echo "usage: benchmarks/gpu.sh OUTDIR" >&2; exit 64; }
@@ -58,6 +59,7 @@ stage models 90 "$python" benchmarks/stock_vs_fused.py --device cuda --seconds 0
 stage unroll 60 "$python" -m twostep bench unroll --device cuda --out "$out"
 stage stash 30 "$python" -m pytest -q -p no:cacheprovider benchmarks/bench_stash.py --benchmark-json "$out/stash.json"
 stage forms 150 "$python" benchmarks/exported_forms.py --device cuda --seconds 0.5 --batch 32 --out "$out"
+stage launch 40 "$python" -m twostep bench launch --device cuda --no-compile --out "$out"
 stage kernels 180 "$python" -m twostep bench --device cuda --seconds 0.03 --out "$out" \
   --shapes 4x4608x3840 1x4608x3840 4x1152x3840 1x1152x3840 4x4608x3072 4x4608x4096
 [ -f "$out/kernels.log" ] && tail -n 12 "$out/kernels.log"

@@ -107,6 +107,16 @@ def kernels(folder: Folder) -> str:
     return markdown(head, lines)
 
 
+def launch(folder: Folder) -> str:
+    rows = folder.rows("launch")
+    names = list(dict.fromkeys(name for row in rows for name in row["microseconds"]))
+    lines = []
+    for row in rows:
+        cells = [f"{row['microseconds'][name]:.0f}" if name in row["microseconds"] else "" for name in names]
+        lines.append([f"`{row['op']}`", row["dtype"], row["direction"], *cells])
+    return markdown(["op", "dtype", "direction", *names], lines)
+
+
 def models(folder: Folder) -> str:
     rows = folder.rows("stock_vs_fused")
     names = list(dict.fromkeys(name for row in rows for name in row["milliseconds"]))
@@ -147,19 +157,16 @@ def full_size(folder: Folder) -> str:
     head = ["what", "latents", "update", "seconds", "peak GiB", "planned GiB", "measured / planned"]
     lines = []
     for row in folder.rows("full_size"):
-        for update, seconds in row["seconds"].items():
-            peak, planned = row["peak_gib"].get(update), row["planned_gib"].get(update)
-            cells = [f"{seconds:.2f}", *("" if value is None else f"{value:.1f}" for value in (peak, planned))]
-            lines.append(
-                [row["name"], row["latents"], update, *cells, f"{peak / planned:.2f}" if peak and planned else ""]
-            )
-        if row["fault"]:
-            lines.append([row["name"], row["latents"], row["fault"], "", "", "", ""])
+        for update, planned in row["planned_gib"].items():
+            seconds, peak = row["seconds"].get(update), row["peak_gib"].get(update)
+            cells = [row["name"], row["latents"], update, row["fault"] or ("" if seconds is None else f"{seconds:.2f}")]
+            cells += ["" if peak is None else f"{peak:.1f}", f"{planned:.1f}"]
+            lines.append([*cells, "" if peak is None else f"{peak / planned:.2f}"])
     return markdown(head, lines)
 
 
 Render = Callable[[Folder], str]
-CPU_OR_GPU = ("kernels", "stock_vs_fused")
+CPU_OR_GPU = ("kernels", "launch", "stock_vs_fused")
 PARTS: dict[str, tuple[str, str, Render]] = {
     "kernels": (
         "Operators",
@@ -167,6 +174,13 @@ PARTS: dict[str, tuple[str, str, Render]] = {
         "bandwidth of the same run, counting only bytes that no implementation can avoid; and how many times longer "
         "the others take. Inputs rotate through more memory than the caches hold.",
         kernels,
+    ),
+    "launch": (
+        "Overhead of a call",
+        "Microseconds that the host spends on a call, forward without a graph and forward with backward, on tensors so "
+        "small that arithmetic does not count. On a GPU it hides behind a kernel that runs longer; a CUDA graph has "
+        "none of it.",
+        launch,
     ),
     "stock_vs_fused": (
         "Models",
@@ -182,8 +196,9 @@ PARTS: dict[str, tuple[str, str, Render]] = {
     ),
     "full_size": (
         "The full-size two-step update",
-        "Z-Image's real dimensions with random weights, by the trainer itself; the plan is what "
-        "`twostep train --dry-run` says.",
+        "Z-Image's real dimensions with random weights, by the trainer's own parts, batch 1, captions of 512 tokens: "
+        "the recipe `z-image-turbo-pp-lora` (two frozen networks; adapters of rank 64 for each step and the fake "
+        "score), and one network in full. The plan is what `twostep train --dry-run` says; it knows no stash.",
         full_size,
     ),
 }
@@ -210,6 +225,8 @@ def sections(found: Sequence[Folder]) -> str:
             facts = folder.facts(file)
             said = ", ".join(facts["device"] if key == "device" else f"{key} {value}" for key, value in facts.items())
             command = (folder.read(file) or {}).get("command", "")
+            if file == "full_size" and not any(row["seconds"] for row in folder.rows(file)):
+                explained += " **No GPU has run it yet**: this is the plan alone."
             text += [f"## {title}: {facts['device']}", explained, f"{said}; `{command}`", render(folder)]
             if file == "kernels":
                 text.append(f"![Share of the copy bandwidth, by operator](pictures/{picture(folder).name})")

@@ -64,7 +64,7 @@ template <class T>
 struct BackwardRow {
   const T *dout, *z, *next_dout, *next_z;
   Acc<T> rstd;      // 1 without a norm
-  Acc<T> mean_gz;   // mean(g * zhat); 0 without a norm
+  Acc<T> mean_gz;   // mean(g * zhat), with a norm
   const Acc<T>* m;  // act(gate) * weight
   // Where the gate is per token: act(gate), act'(gate) * weight, and dgate.
   const Acc<T>*act, *dact;
@@ -85,8 +85,8 @@ TWOSTEP_INLINE void backward_sum(BackwardRow<T>& row, int64_t width) {
   row.mean_gz = gz.total() * row.rstd / static_cast<A>(width);
 }
 
-// dz of kRows rows; their terms are added to sum_gz (A).
-template <bool kPerToken, bool kSums, int kRows, class T>
+// dz of kRows rows; their terms are added to sum_gz (A). Without a norm dz does not look at z, which may be infinite.
+template <bool kNorm, bool kPerToken, bool kSums, int kRows, class T>
 TWOSTEP_INLINE void backward_rows(const BackwardRow<T> (&rows)[kRows], Acc<T>* sum_gz, int64_t width) {
   using A = Acc<T>;
   for_vectors<A>(width, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
@@ -97,7 +97,8 @@ TWOSTEP_INLINE void backward_rows(const BackwardRow<T> (&rows)[kRows], Acc<T>* s
       prefetch(row.next_z + d);
       const Vec<A> dout = load(row.dout + d, lanes);
       const Vec<A> zhat = load(row.z + d, lanes) * row.rstd;
-      store(row.dz + d, row.rstd * (dout * load(row.m + d, lanes) - zhat * row.mean_gz), lanes);
+      const Vec<A> g = dout * load(row.m + d, lanes);
+      store(row.dz + d, kNorm ? row.rstd * (g - zhat * row.mean_gz) : g, lanes);
       const Vec<A> product = dout * zhat;
       if (kPerToken) store(row.dgate + d, product * load(row.dact + d, lanes), lanes);
       a += kPerToken ? product * load(row.act + d, lanes) : product;
@@ -170,7 +171,8 @@ class Backward {
                   dz_.row(dz + r * width_, r)};
       if (norm) backward_sum(group[r], width_);
     }
-    backward_rows<kPerToken, kSums>(group, sum_gz, width_);
+    norm ? backward_rows<true, kPerToken, kSums>(group, sum_gz, width_)
+         : backward_rows<false, kPerToken, kSums>(group, sum_gz, width_);
     for (int r = 0; r < kRows; ++r) {
       dz_.done(dz + r * width_, width_, r);
       if (kPerToken && a_.dgate) store_params(a_.param_dtype, a_.dgate, (first + r) * width_, width_, dgate_[r]);

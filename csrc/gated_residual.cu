@@ -122,7 +122,10 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
       inputs.read(0, v, column, dout);
       inputs.read(1, v, column, z);
 #pragma unroll
-      for (int e = 0; e < W; ++e) z[e] = dout[e] * rstd * c[e] + z[e] * project;
+      for (int e = 0; e < W; ++e) {
+        const float g = dout[e] * rstd * c[e];
+        z[e] = normed ? g + z[e] * project : g;  // without a norm dz does not look at z, which may be infinite
+      }
       store<W>(static_cast<T*>(p.dz) + at + column, z);
     });
   }

@@ -89,11 +89,11 @@ def rehearse(recipe: Recipe, path: str, shape: tuple[int, int, int], world_size:
         empty = Context(torch.randn(1, caption, width)) if "real_score" in method_kind.roles else None
         cast = casting.roles(shape[1:], empty)
         method = method_kind.build(recipe.method, cast, NoiseStreams(recipe.seed))
-        optimizers = _optimizers(recipe, method, cast)
+        optimizers = optimizers_of(recipe, method, cast)
         result = Rehearsal(cast.student.sigmas, Counter(method.updates(0)))
         result.memory = _memory(recipe, cast, optimizers)
         result.roles = _roles(recipe, path, cast)
-        batch = _batch(recipe, cast, shape, caption)
+        batch = batch_without_data(recipe, cast, shape, caption)
         kept = [torch.empty(sum(held.optimizer for held in result.memory.values()), dtype=torch.uint8)]
         averages = None if recipe.ema is None else Average(_trained(cast.student), recipe.ema)
         _run(recipe, method, batch, count, world_size)
@@ -131,7 +131,7 @@ def _run(recipe: Recipe, method: Method, batch: TrainingBatch, count: RankCount,
         pass
 
 
-def _batch(recipe: Recipe, cast: Cast, shape: tuple[int, int, int], caption: int) -> TrainingBatch:
+def batch_without_data(recipe: Recipe, cast: Cast, shape: tuple[int, int, int], caption: int) -> TrainingBatch:
     """What the method wants of the data, of the largest kind."""
     wants, network = method_class(recipe.method).wants(recipe.method), cast.student.distinct_networks()[0]
     keep = recipe.data.keep if isinstance(recipe.data, ImagesData) else None
@@ -160,7 +160,7 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def _optimizers(recipe: Recipe, method: Method, cast: Cast) -> dict[str, Optimizer]:
+def optimizers_of(recipe: Recipe, method: Method, cast: Cast) -> dict[str, Optimizer]:
     settings, guidance = recipe.optimizers.generator, recipe.optimizers.guidance
     chosen = {"generator": settings, "guidance": settings if guidance is None else guidance}
     named = trained_parameters(method, cast.modules())

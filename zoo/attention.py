@@ -21,9 +21,16 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor
+from torch.nn.modules import module as torch_module
 
 PLAIN_UP_TO = 640  # tokens, between the last two measurements of the Xeon above
 FAST_BFLOAT16 = torch.cpu._is_amx_tile_supported()  # no AMX, no gain: the measurements of the EPYC above
+_OF_ALL_MODULES = (
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_forward_hooks,
+    torch_module._global_backward_pre_hooks,
+    torch_module._global_backward_hooks,
+)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, processor: Any) -> Tensor:
@@ -45,14 +52,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, proce
 
 def call(attention: Any, *hidden: Any, **keywords: Any) -> Any:
     """An attention module's processor: its forward inspects the processor's signature on every call. The module itself
-    where somebody has hooked it (diffusers' caches, accelerate, forward and backward hooks)."""
+    where somebody has hooked it (diffusers' caches, accelerate, forward and backward hooks, its own or those of all
+    modules), compiled it by itself, or given it another forward."""
     if _hooked(attention):
         return attention(*hidden, **keywords)
     return attention.processor(attention, *hidden, **keywords)
 
 
 def _hooked(module: Any) -> bool:
-    if hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook"):
+    if hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook") or "forward" in module.__dict__:
+        return True
+    if module._compiled_call_impl is not None or any(len(hooks) > 0 for hooks in _OF_ALL_MODULES):
         return True
     own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return any(len(hooks) > 0 for hooks in own)

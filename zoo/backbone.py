@@ -141,6 +141,10 @@ class Backbone(nn.Module, ABC):
                 f"different "
                 f"sizes go into different batches"
             )
+        if not x.is_floating_point():
+            raise TypeError(f"{self._name}: x is {x.dtype}, expected a floating-point dtype: latents, not pixels")
+        if not isinstance(sigma, Tensor) and not 0 <= sigma <= 1:
+            raise ValueError(f"{self._name}: sigma is {sigma}, expected a number from 0 (clean) to 1 (noise)")
         level = torch.as_tensor(sigma, dtype=torch.float32)
         if level.dim() == 0:
             return level.to(x.device).expand(len(x))

@@ -15,6 +15,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from .parts_read import Norms, faults_of_attention, faults_of_norms
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -31,6 +33,21 @@ def _models() -> tuple[type, ...]:
     from . import flux2, z_image
 
     return (z_image.STOCK, flux2.STOCK)
+
+
+@functools.cache
+def _attention() -> tuple[type, ...]:
+    from . import flux2, z_image
+
+    return z_image.ATTENTION + flux2.ATTENTION
+
+
+@functools.cache
+def _norms() -> Mapping[type, tuple[Norms, ...]]:
+    """stock class -> the norms that its fused class, or its attention's fused processor, reads."""
+    from . import flux2, z_image
+
+    return {**z_image.NORMS, **flux2.NORMS}
 
 
 @functools.cache
@@ -71,10 +88,11 @@ def fuse(model: Model) -> Model:
     """Makes a stock ZImageTransformer2DModel or Flux2Transformer2DModel run on twostep.ops, in place; returns it.
 
     May be called before or after LoRA is added, and before torch.compile and FSDP wrap the model. A second call changes
-    nothing. A module with an attention processor of your own keeps it, and is named in an error. Blocks read the
-    weights of their norms without calling the norms: hooks on norms are not called, and what moves every layer by
-    itself when it is called (diffusers' enable_sequential_cpu_offload) cannot move those: offload whole models or
-    blocks, or unfuse. Hooks on the model, its blocks, their attention and linear layers are called as ever.
+    nothing. An attention processor of your own, or an attention or a norm that is not stock's or has a forward of its
+    own, is named in an error. Blocks read the weights of their norms without calling the norms: hooks on norms are not
+    called, and what moves every layer by itself when it is called (diffusers' enable_sequential_cpu_offload) cannot
+    move those: offload whole models or blocks, or unfuse. Hooks on the model, its blocks, their attention and linear
+    layers are called as ever.
     """
     root, classes = _plain(model), _families()
     if not isinstance(root, _models()):
@@ -107,10 +125,13 @@ def _exchange(root: nn.Module, classes: Mapping[type, type]) -> None:
 
 def _foreign(root: nn.Module, classes: Mapping[type, type]) -> list[str]:
     """Why this model cannot be fused: modules of a class that derives from a stock one, processors that are not
-    stock's."""
+    stock's, and parts that would be read as what they are not."""
     ours = set(classes.values())
-    complaints = []
+    complaints: list[str] = []
     for name, module in root.named_modules():
+        complaints += faults_of_attention(module, name, _attention())
+        groups = next((found for kind, found in _norms().items() if isinstance(module, kind)), ())
+        complaints += faults_of_norms(module, name, groups, classes)
         place = f"{name or 'the model'} is a {type(module).__module__}.{type(module).__name__}"
         if type(module) not in ours and type(module) not in classes and isinstance(module, tuple(classes)):
             wrapped = "FSDP" in type(module).__name__

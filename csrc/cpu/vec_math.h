@@ -1,5 +1,6 @@
-// exp, sigmoid and tanh of a vector. float: within 2 ulp, NaN and infinities as libm has them. double: libm, lane by
-// lane, since double serves gradient checks and never a long run.
+// exp, sigmoid and tanh of a vector. float: within 2 ulp where the result is a normal number (sigmoid is 0 below -88.7,
+// as in PyTorch), NaN and infinities as libm has them. double: libm, lane by lane, since double serves gradient checks
+// and never a long run.
 #pragma once
 
 #include "vec.h"

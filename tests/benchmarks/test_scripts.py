@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from twostep.bench import cases
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
@@ -51,3 +53,23 @@ def test_an_operator_is_timed_by_pytest_benchmark_beside_what_one_would_use_inst
     found = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
     assert {entry["params"]["candidate"] for entry in found} == {"twostep", "eager"}
     assert len({entry["group"] for entry in found}) == 1 and found[0]["extra_info"]["floor_bytes"] > 0
+
+
+def test_the_overhead_of_a_call_is_measured_for_every_operator(tmp_path: Path) -> None:
+    run("-m", "twostep", "bench", "launch", "--no-compile", "--out", str(tmp_path))
+    rows = results(tmp_path / "launch.json")
+    assert {row["op"] for row in rows} == set(cases.OPS)
+    assert all(row["microseconds"]["twostep"] > 0 and row["microseconds"]["eager"] > 0 for row in rows)
+
+
+def test_the_full_size_update_holds_what_was_planned(tmp_path: Path) -> None:
+    small = ("--small", "--device", "cpu", "--sizes", "128", "--times", "1")
+    run("benchmarks/full_size.py", *small, "--only", "lora, recompute", "--out", str(tmp_path))
+    rows = results(tmp_path / "full_size.json")
+    assert len(rows) == 3 and not any(row["fault"] for row in rows)
+    for row in rows:
+        assert set(row["seconds"]) == {"generator", "guidance"} and min(row["seconds"].values()) > 0
+        for update, peak in row["peak_gib"].items():
+            assert peak == pytest.approx(row["planned_gib"][update], rel=0.1)
+    kept, recomputed = (row["peak_gib"]["generator"] for row in (rows[1], rows[0]))
+    assert kept > recomputed

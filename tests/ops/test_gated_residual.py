@@ -40,6 +40,18 @@ def test_a_closed_gate_leaves_the_stream_untouched() -> None:
     assert torch.equal(ops.gated_residual(x, torch.randn(2, 5, 24), torch.zeros(2, 24)), x)
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_without_a_norm_the_branchs_gradient_does_not_look_at_the_branch(cpu_isa: str, per_token: bool) -> None:
+    """So that a branch that overflows, and is clipped afterwards as diffusers does in float16, stops nothing."""
+    x, gate = torch.randn(2, 5, 37), torch.randn(2, 5 if per_token else 1, 37)
+    z = torch.randn(2, 5, 37)
+    z[0, 1, 3], z[1, 4, 36], z[1, 0, 0] = float("inf"), float("nan"), float("-inf")
+    z.requires_grad_()
+    incoming = torch.randn(2, 5, 37)
+    ops.gated_residual(x, z, gate, norm="none", gate_act="none").backward(incoming)
+    assert torch.equal(z.grad, incoming * gate)
+
+
 @pytest.mark.parametrize("width", [1, 2047, 3840, 16384])
 def test_takes_any_width(width: int) -> None:
     tensors = {"x": torch.randn(2, 3, width), "z": torch.randn(2, 3, width), "gate": torch.randn(2, width)}

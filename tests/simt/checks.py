@@ -149,6 +149,19 @@ def gated_residual(launch: Launch, case: Rows) -> list[Tensor]:
     return [out, *(t for t in found.values() if t is not None)]
 
 
+def gated_residual_of_a_broken_branch(launch: Launch) -> None:
+    """Without a norm dz does not look at z: it is finite where z is not."""
+    case = Rows(post_norm="none", gate_act="none", dtype=torch.float16)
+    draw = Draws(case)
+    z, dout, gate = draw.activation(), draw.activation(), draw.modulation("sample")
+    z[0, 1, 3], z[1, 4, -1] = torch.inf, torch.nan
+    found = launchers.gated_residual_backward(
+        launch, dout, z, gate, None, None, norm="none", gate_act="none", parameters=torch.float16, splits=None
+    )
+    assert found["dz"] is not None and gate is not None
+    oracle.assert_near(found["dz"], dout.double() * gate.double().unsqueeze(1), "dz")
+
+
 def seam(launch: Launch, case: Rows) -> list[Tensor]:
     draw = Draws(case)
     x, z, dh = draw.activation(), draw.activation(), draw.activation()

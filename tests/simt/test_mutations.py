@@ -311,6 +311,14 @@ MUTANTS = [
         WRONG,
     ),
     Mutant(
+        "an infinite branch without a norm breaks its gradient",
+        "gated_residual.cu",
+        "z[e] = normed ? g + z[e] * project : g;",
+        "z[e] = g + z[e] * project;",
+        checks.gated_residual_of_a_broken_branch,
+        WRONG,
+    ),
+    Mutant(
         "an infinite mean gives a direction of 0",
         "cuda/sample_sums.cu",
         " + 0. * mean",

@@ -240,6 +240,10 @@ def test_samples_are_moved_as_16_byte_vectors_where_they_are_aligned(emulator: E
     assert vectors(Samples(size=1002, gap=2)) == vectors(Samples(size=1024, offset=1)) == [0, 0]
 
 
+def test_without_a_norm_dz_does_not_look_at_z(emulator: Emulator) -> None:
+    checks.gated_residual_of_a_broken_branch(emulator)
+
+
 def test_the_dmd_direction_hides_nothing(emulator: Emulator) -> None:
     checks.dmd_direction_of_broken_samples(emulator)
 

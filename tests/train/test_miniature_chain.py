@@ -73,6 +73,26 @@ def test_every_part_comes_from_its_own_stage(made: Path) -> None:
     assert not same(untrained.vision_language_encoder.visual, weights.vision_language_encoder.visual)
 
 
+@pytest.mark.slow
+def test_the_larger_sister_has_the_packages_other_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = ["--steps", "base=1", "--steps", "teacher=1"]
+    quick = ["data={kind: shapes}", "batch=1", "watch={samples_every: null, evaluate: null}", "ema=null"]
+    whole = ["--out", str(tmp_path), "--large", *steps, "--images", "8", *quick]
+    assert main([*whole, "--until", "encoders"]) == 2
+    assert "no stage 'encoders', expected one of base, teacher, weights" in capsys.readouterr().err
+    assert main(whole) == 0
+    own, large = miniature(), miniature(tmp_path / "weights")
+    assert sum(p.numel() for p in large.transformer.parameters()) > 25e6
+    for part in ("vae", "text_encoder"):
+        pairs = zip(getattr(own, part).parameters(), getattr(large, part).parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    measured = json.loads((tmp_path / "weights" / "measured.json").read_text())
+    assert set(measured["images"]["value, low, high"]) == {"real images", *stages.MEASURED}
+    assert sorted(path.stem for path in (tmp_path / "weights" / "training").iterdir()) == ["base", "teacher"]
+    assert main(["--out", str(tmp_path), *steps, *quick]) == 2
+    assert "holds a miniature of width 384, and this one has 128" in capsys.readouterr().err
+
+
 def test_mistakes_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["--steps", "base=none"], "expected one of autoencoder, encoders, base, teacher"),

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from twostep.zoo import fuse, is_fused, unfuse
 from twostep.zoo.adapters import TARGETS
+from twostep.zoo.miniature.model import weights_folder
 
 from .models import (
     CASES,
@@ -266,6 +267,133 @@ def test_what_cannot_be_fused_is_named() -> None:
     assert "twostep" not in type(model.layers[0]).__module__  # nothing was changed
     with pytest.raises(TypeError, match=r"fuse first, then torch\.compile"):
         fuse(torch.compile(stock_model(CASES["z-image"])))
+
+
+class OwnNorm(nn.Module):
+    """What has a weight and an eps, and does something else with them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() * self.weight
+
+
+def _subclass(module: nn.Module) -> None:
+    module.__class__ = type("OwnAttention", (type(module),), {})
+
+
+def _replaced(module: nn.Module) -> None:
+    module.forward = lambda *args, **kwargs: None
+
+
+def _put(name: str, norm: nn.Module) -> Any:
+    return lambda owner: setattr(owner, name, norm)
+
+
+FOREIGN_PARTS = {
+    "z-image": [
+        ("layers.0", _put("attention_norm2", nn.LayerNorm(32)), r"attention_norm2 is a .*LayerNorm, expected RMSNorm"),
+        ("layers.0", _put("ffn_norm1", OwnNorm(32)), r"ffn_norm1 is a .*OwnNorm, expected RMSNorm"),
+        ("layers.0", _put("ffn_norm1", nn.Identity()), r"ffn_norm1 is a .*Identity"),
+        ("layers.0.attention", _put("norm_q", nn.LayerNorm(16)), r"attention\.norm_q is a .*LayerNorm"),
+        ("layers.0", lambda block: setattr(block.ffn_norm2, "eps", 0.5), r"different eps \(.*ffn_norm2 0\.5\)"),
+        ("layers.0.ffn_norm1", _replaced, "ffn_norm1 has a forward of its own"),
+        ("layers.0.attention", _subclass, "attention is a .*OwnAttention, which derives"),
+        ("layers.0.attention", _replaced, "attention has a forward of its own"),
+    ],
+    "flux2": [
+        ("single_transformer_blocks.0", _put("norm", nn.LayerNorm(32)), "0.norm has a bias"),
+        ("transformer_blocks.0", _put("norm2", nn.LayerNorm(32, bias=False)), "norm2 has a weight"),
+        ("transformer_blocks.0.attn", _subclass, "attn is a .*OwnAttention, which derives"),
+        ("single_transformer_blocks.0.attn", _replaced, "attn has a forward of its own"),
+        ("transformer_blocks.0.attn.norm_added_k", lambda norm: setattr(norm, "eps", 0.5), "different eps"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "change", "message"), [(name, *part) for name, parts in FOREIGN_PARTS.items() for part in parts]
+)
+def test_a_part_whose_forward_would_be_lost_is_named(name: str, place: str, change: Any, message: str) -> None:
+    model = stock_model(CASES[name])
+    change(model.get_submodule(place))
+    with pytest.raises(TypeError, match=message):
+        fuse(model)
+    assert not is_fused(model)
+
+
+@BOTH
+def test_norms_that_peft_trains_in_full_are_read_where_it_keeps_them(name: str) -> None:
+    case = CASES[name]
+    norms = ["attention_norm1", "ffn_norm1"] if name == "z-image" else ["norm_q", "norm_k"]
+    model = stock_model(case)
+    model.add_adapter(LoraConfig(r=2, target_modules=TARGETS[case.family], modules_to_save=norms))
+    for path, parameter in model.named_parameters():
+        if "modules_to_save" in path:
+            parameter.data += 0.3
+    expected = call_stock(model, case, batch_of(case))
+    assert relative_error(call_stock(fuse(model), case, batch_of(case)), expected) < 1e-5
+
+
+@BOTH
+def test_who_comes_after_fuse_finds_the_attention_called(name: str) -> None:
+    """By hooks on all modules, by a forward of its own, by torch.compile of the module alone."""
+    case = CASES[name]
+    model, batch = fuse(stock_model(case)), batch_of(case)
+    block = (model.layers if name == "z-image" else model.single_transformer_blocks)[0]
+    attention = block.attention if name == "z-image" else block.attn
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    call_stock(model, case, batch)
+    handle.remove()
+    assert any(module is attention for module in seen)
+    graphs: list[Any] = []
+    attention.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    call_stock(model, case, batch)
+    assert graphs
+    attention._compiled_call_impl = None
+    before = call_stock(model, case, batch)
+    forward = attention.forward
+    attention.forward = lambda *args, **kwargs: forward(*args, **kwargs).flip(-1)
+    assert relative_error(call_stock(model, case, batch), before) > 1e-4
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("captions", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_captions_in_another_dtype_than_the_models(dtype: torch.dtype, captions: torch.dtype) -> None:
+    """As an encoder that was loaded in its own dtype makes them."""
+    case = CASES["z-image"]
+    exact = stock_model(case, dtype=torch.float64)
+    stock = stock_model(case, dtype=dtype)
+    exact.load_state_dict(stock.state_dict())
+    batch = batch_of(case).to(dtype)
+    batch.context = batch.context.to(dtype=captions)
+    true = call_stock(exact, case, batch.to(torch.float64))
+    theirs = relative_error(call_stock(stock, case, batch), true)
+    ours = call_stock(fuse(stock), case, batch)
+    assert ours.dtype == dtype
+    assert relative_error(ours, true) < 2 * theirs + 1e-6
+
+
+def test_a_pipeline_whose_parts_have_their_own_dtypes_runs_as_before() -> None:
+    """As it is loaded when no dtype is asked for: each part in the one that it was saved in, or float32."""
+    pipeline = ZImagePipeline.from_pretrained(weights_folder())
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.transformer.dtype != pipeline.text_encoder.dtype
+
+    def latents() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        settings = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
+        return pipeline("a red circle", generator=generator, **settings).images
+
+    expected = latents()
+    fuse(pipeline.transformer)
+    assert relative_error(latents(), expected) < 1e-4
 
 
 def test_a_fused_flux2_refuses_a_cache_of_reference_tokens() -> None:

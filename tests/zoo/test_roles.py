@@ -189,6 +189,9 @@ def test_a_fake_score_begins_as_its_teacher_and_is_trained(case: Case) -> None:
         ),
         (lambda b: {"x": b.x[0]}, r"x is \[\d+, \d+, \d+\], expected one tensor"),
         (lambda b: {"sigma": torch.rand(3)}, r"sigma has shape \[3\], expected a number or \[2\]"),
+        (lambda b: {"sigma": 1.5}, r"sigma is 1\.5, expected a number from 0 \(clean\) to 1 \(noise\)"),
+        (lambda b: {"sigma": float("nan")}, "sigma is nan"),
+        (lambda b: {"x": b.x.to(torch.uint8)}, r"x is torch\.uint8, expected a floating-point dtype"),
         (lambda b: {"context": b.context[:1]}, r"context has 1 samples and x has 2; repeat"),
         (lambda b: {"context": b.context.features}, r"context is Tensor, expected a twostep\.zoo\.Context"),
         (

@@ -6,7 +6,8 @@
     teacher        decoupled DMD: 8 steps, without guidance        teacher/     recipe miniature-decoupled-dmd
     weights        all of it in bfloat16, as it ships              weights/     transformer/ is the teacher, and base/
 
-The two runs of `twostep train` are processes of their own, one or several.
+The two runs of `twostep train` are processes of their own, one or several. The miniature's larger sister has the
+package's own autoencoder and encoders, and a transformer of ten times the size.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 
 from ...zoo.miniature import BASE_AT_ITS_BEST, Miniature, miniature
+from ...zoo.miniature.architecture import LARGE, Sizes, build_transformer
+from ...zoo.miniature.model import weights_folder
 from ..durable_folder import publish, temporary
 from ..result import finished
 from .autoencoder import reconstruction_psnr, train_autoencoder
@@ -46,6 +49,7 @@ MEASURED: dict[str, Mapping[str, Any]] = {
     "teacher at 2": {"steps": 2},
 }
 STAGES = ("autoencoder", "encoders", "base", "teacher", "weights")
+MADE_ALREADY = STAGES[:2]  # of the larger sister: the package's
 
 
 class StageFailed(RuntimeError):
@@ -64,6 +68,7 @@ class Chain:
         ranks: processes of the base's and the teacher's runs.
         settings: of those runs, as `twostep train` takes them.
         images: that the quality of what ships is measured on.
+        large: the larger sister, on the package's autoencoder and encoders.
     """
 
     out: Path
@@ -72,13 +77,39 @@ class Chain:
     ranks: int = 1
     settings: tuple[str, ...] = ()
     images: int = 2000
+    large: bool = False
 
     def run(self, until: str = STAGES[-1]) -> None:
-        for stage in STAGES[: STAGES.index(until) + 1]:
+        stages = tuple(stage for stage in STAGES if stage not in MADE_ALREADY) if self.large else STAGES
+        if until not in stages:
+            raise ValueError(f"the larger sister has no stage {until!r}, expected one of {', '.join(stages)}")
+        self._check_size()
+        if self.large:
+            self._on_the_packages_parts()
+        for stage in stages[: stages.index(until) + 1]:
             print(f"== {stage}", file=sys.stderr, flush=True)
             getattr(self, f"_{stage}")()
 
+    def _check_size(self) -> None:
+        config = self._pipeline / "transformer" / "config.json"
+        if config.exists():
+            found = json.loads(config.read_text(encoding="utf-8"))["dim"]
+            expected = (LARGE if self.large else Sizes()).width
+            if found != expected:
+                raise ValueError(f"{self.out} holds a miniature of width {found}, and this one has {expected}")
+
     # The parts that are not distilled
+
+    def _on_the_packages_parts(self) -> None:
+        """They see what a transformer is to draw, however large it is."""
+        if self._pipeline.exists():
+            return
+        mini = miniature()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            mini.transformer = build_transformer(LARGE).eval()
+        facts = json.loads((weights_folder() / "measured.json").read_text(encoding="utf-8"))
+        self._write_pipeline(mini, {name: fact for name, fact in facts.items() if name != "images"})
 
     def _autoencoder(self) -> None:
         """Alone, so that the encoders may be made at another time or place."""
@@ -95,6 +126,10 @@ class Chain:
             "autoencoder, psnr on fresh images": reconstruction_psnr(mini.vae, *FRESH),
             "encoders, share read rightly": reading(mini, readers, *FRESH),
         }
+        self._write_pipeline(mini, facts)
+
+    def _write_pipeline(self, mini: Miniature, facts: Mapping[str, Any]) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
         with temporary(self.out, self._pipeline.name) as new:
             mini.save(new)
             (new / "measured.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -145,6 +180,8 @@ class Chain:
             (new / "measured.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             for stage in STAGES[:-1]:
                 (new / "training").mkdir(exist_ok=True)
+                if self.large and stage in MADE_ALREADY:
+                    continue
                 shutil.copy(self.out / stage / "metrics.jsonl", new / "training" / f"{stage}.jsonl")
             publish(new, self.out / "weights")
 

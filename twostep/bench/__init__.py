@@ -1,6 +1,6 @@
 """`twostep bench`: every operator against what a user would pick instead, in one run.
 
-`twostep bench unroll`: memory and time of the two-step backward.
+`twostep bench unroll`: memory and time of the two-step backward. `twostep bench launch`: what a call costs the host.
 """
 
 from __future__ import annotations
@@ -30,16 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-compile", action="store_true", help="leave torch.compile out; its compilation takes most of the time"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the table, CSV, JSON and plot there")
-    parts = parser.add_subparsers(dest="part", metavar="unroll", required=False)
+    parts = parser.add_subparsers(dest="part", metavar="{unroll,launch}", required=False)
     summary = "measure memory and time of the two-step backward instead of the kernels"
     _add_unroll_arguments(parts.add_parser("unroll", help=summary, description=summary))
+    summary = "measure what a call of each operator costs the host, whatever its size"
+    launch = parts.add_parser("launch", help=summary, description=summary)
+    _add_shared_arguments(launch)
+    launch.add_argument("--no-compile", action="store_true", default=argparse.SUPPRESS, help="leave torch.compile out")
 
 
-def _add_unroll_arguments(parser: argparse.ArgumentParser) -> None:
-    kept = argparse.SUPPRESS  # an option of both benchmarks keeps the value that was given before `unroll`
+def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    kept = argparse.SUPPRESS  # an option of several benchmarks keeps the value that was given before the part's name
     parser.add_argument("--device", choices=["cpu", "cuda"], default=kept, help="default: cuda where a GPU is visible")
     parser.add_argument("--threads", type=int, default=kept, help="CPU threads (default: torch's)")
     parser.add_argument("--out", type=Path, default=kept, metavar="DIR", help="also write the table and JSON there")
+
+
+def _add_unroll_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_shared_arguments(parser)
     parser.add_argument("--depths", nargs="+", type=int, default=[2, 4, 8, 16], metavar="N", help="blocks (2 4 8 16)")
     parser.add_argument("--shape", metavar="BxLxD", help="activations (default 2x256x256; 2x4096x2048 on cuda)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 (bfloat16 on cuda)")
@@ -53,6 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
         from . import unroll
 
         return unroll.run(arguments)
+    if arguments.part == "launch":
+        from . import launch
+
+        return launch.run(arguments)
 
     from ..allocator import keep_freed_memory
     from . import cases, report

@@ -2,7 +2,9 @@
 
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers import transformer_flux2 as stock
+from torch import nn
 
+from ..parts_read import Norms
 from . import blocks, model
 
 STOCK = stock.Flux2Transformer2DModel
@@ -16,4 +18,18 @@ FUSED: dict[type, type] = {
     AdaLayerNormContinuous: blocks.AdaLayerNormContinuous,
 }
 
-__all__ = ["FUSED", "STOCK"]
+ATTENTION: tuple[type, ...] = (stock.Flux2Attention, stock.Flux2ParallelSelfAttention)
+NORMS: dict[type, tuple[Norms, ...]] = {
+    stock.Flux2TransformerBlock: tuple(
+        Norms((name,), nn.LayerNorm, weight=False) for name in ("norm1", "norm1_context", "norm2", "norm2_context")
+    ),
+    stock.Flux2SingleTransformerBlock: (Norms(("norm",), nn.LayerNorm, weight=False),),
+    stock.Flux2Attention: (
+        Norms(("norm_q", "norm_k"), nn.RMSNorm),
+        Norms(("norm_added_q", "norm_added_k"), nn.RMSNorm),
+    ),
+    stock.Flux2ParallelSelfAttention: (Norms(("norm_q", "norm_k"), nn.RMSNorm),),
+    AdaLayerNormContinuous: (Norms(("norm",), nn.LayerNorm),),
+}
+
+__all__ = ["ATTENTION", "FUSED", "NORMS", "STOCK"]

@@ -1,7 +1,10 @@
 """Z-Image: fused modules, and the batch through the network."""
 
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers import transformer_z_image as stock
+from torch import nn
 
+from ..parts_read import Norms
 from . import blocks, model
 
 STOCK = stock.ZImageTransformer2DModel
@@ -14,4 +17,13 @@ FUSED: dict[type, type] = {
     stock.RMSNorm: blocks.RMSNorm,
 }
 
-__all__ = ["FUSED", "STOCK"]
+ATTENTION: tuple[type, ...] = (Attention,)
+NORMS: dict[type, tuple[Norms, ...]] = {
+    stock.ZImageTransformerBlock: (
+        Norms(("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"), stock.RMSNorm),
+    ),
+    Attention: (Norms(("norm_q", "norm_k"), stock.RMSNorm),),
+    stock.FinalLayer: (Norms(("norm_final",), nn.LayerNorm, weight=False),),
+}
+
+__all__ = ["ATTENTION", "FUSED", "NORMS", "STOCK"]

@@ -86,7 +86,10 @@ class FinalLayer(stock.FinalLayer):  # type: ignore[misc]
 
 
 class RMSNorm(stock.RMSNorm):  # type: ignore[misc]
-    """The caption embedder's norm."""
+    """The caption embedder's norm. Captions may come in another dtype than the model's, from an encoder that was
+    loaded in its own: as in stock code, the result has a 16-bit weight's dtype, and else the wider of both."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return ops.norm_modulate(hidden_states, self.weight, eps=self.eps)
+        wide = torch.promote_types(hidden_states.dtype, self.weight.dtype)
+        out = ops.norm_modulate(hidden_states.to(wide), self.weight, eps=self.eps)
+        return out.to(self.weight.dtype) if self.weight.dtype in (torch.float16, torch.bfloat16) else out

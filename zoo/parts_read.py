@@ -1,0 +1,67 @@
+"""What the fused blocks read of their parts without calling them: attention modules, whose processor they call, and
+norms, whose weight and eps they hand to an operator. Such a part must be exactly what it is taken for, since a forward
+of its own would be lost without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Norms of a module, by the names of its attributes, which one eps serves. A norm may be absent."""
+
+    names: tuple[str, ...]
+    kind: type
+    weight: bool = True  # it is read; else there must be none
+
+
+def replaced_forward(module: nn.Module) -> bool:
+    """A forward that somebody has put on the instance; accelerate and diffusers do that too, and call the old one."""
+    return "forward" in vars(module) and not hasattr(module, "_hf_hook") and not hasattr(module, "_diffusers_hook")
+
+
+def faults_of_attention(module: nn.Module, place: str, kinds: tuple[type, ...]) -> Iterator[str]:
+    if isinstance(module, kinds) and type(module) not in kinds:
+        yield f"{place} is a {_class(module)}, which derives from a stock class: its forward would be lost"
+    elif isinstance(module, kinds) and replaced_forward(module):
+        yield f"{place} has a forward of its own, which would be lost"
+
+
+def faults_of_norms(module: nn.Module, place: str, groups: Iterable[Norms], ours: Any) -> Iterator[str]:
+    for group in groups:
+        found = {name: _plain(getattr(module, name, None)) for name in group.names}
+        norms = {name: norm for name, norm in found.items() if norm is not None}
+        wrong = False
+        for name, norm in norms.items():
+            for fault in _faults(norm, group, ours.get(group.kind)):
+                wrong = True
+                yield f"{place}.{name} {fault}"
+        if not wrong and len({norm.eps for norm in norms.values()}) > 1:
+            told = ", ".join(f"{name} {norm.eps}" for name, norm in norms.items())
+            yield f"{place} has norms of different eps ({told}), and the fused block has one for all"
+
+
+def _faults(norm: Any, group: Norms, fused: type | None) -> Iterator[str]:
+    if type(norm) not in (group.kind, fused):
+        yield f"is a {_class(norm)}, expected {group.kind.__name__}: its forward would be lost"
+    elif replaced_forward(norm):
+        yield "has a forward of its own, which would be lost"
+    elif getattr(norm, "bias", None) is not None:
+        yield "has a bias, which would be lost"
+    elif not group.weight and getattr(norm, "weight", None) is not None:
+        yield "has a weight, which would be lost"
+
+
+def _plain(norm: Any) -> Any:
+    """The norm inside PEFT's wrapper of modules_to_save, which answers for the weight that is active."""
+    return getattr(norm, "original_module", norm)
+
+
+def _class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
