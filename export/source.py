@@ -56,6 +56,12 @@ class Source:
         """
         begun, folder = time.monotonic(), found(student)
         facts = student_facts(folder)
+        if "sampler" in facts:
+            where = f"the adapters in {folder}" if "base" in facts else f"the transformer in {folder}"
+            raise ValueError(
+                f"export: {student} is no student but a base that flow matching has trained, and takes as many steps "
+                f"as one likes; {where} is in stock form: put it into its pipeline ({facts['pipeline']}) as it is"
+            )
         facts["pipeline"] = facts.get("teacher", facts["pipeline"])  # an export's own may have code of its own
         base, pipeline = _resolved(base), _resolved(pipeline)
         if base is not None and "base" not in facts and not extracting:

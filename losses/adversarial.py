@@ -51,7 +51,8 @@ def generator_adversarial_loss(
         weight: [B], multiplies each sample's loss.
         reduction: "mean" (of weight * loss over the samples), "sum", or "none" for [B].
         sample: the student's samples. Where D's parameters are not frozen fake_logits carries their gradient whatever
-            becomes of the samples'; given these, it is looked for. It does not enter the loss.
+            becomes of the samples'; given these, it is looked for: the very tensor that D's input was made of, and not
+            a view of it. It does not enter the loss.
         missing_gradient: what to do if gradients are enabled and fake_logits carries none, or not that of `sample`:
             "warn", "error" (for trainers) or "ignore" (for monitors).
     """
@@ -142,7 +143,8 @@ def _check_gradient(loss: str, fake_logits: Tensor, sample: Tensor | None, missi
     what = "no gradient of sample" if fake_logits.requires_grad else "no gradient"
     message = (
         f"{loss}: fake_logits carries {what}, so nothing would reach the generator. Run the discriminator outside"
-        " torch.no_grad() and on a sample that is not detached; to freeze it, call requires_grad_(False) on its"
+        " torch.no_grad() and on a sample that is not detached (and pass that very tensor as"
+        " sample, no view of it); to freeze it, call requires_grad_(False) on its"
         " parameters. If only the value is wanted, pass missing_gradient='ignore'"
     )
     if missing_gradient == "error":

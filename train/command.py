@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if args.recipe is None:
         print("twostep train: give a recipe: a YAML file, or one of\n" + _recipes(), end="", file=sys.stderr)
         return FAULT
+    recipe = None
     try:
         recipe = read_recipe(args.recipe, args.overrides)
         if args.dry_run:
@@ -50,8 +51,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"twostep train: {error}", file=sys.stderr)
         return FAULT
     except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
-        print(f"twostep train: {where}{error.strerror or error}", file=sys.stderr)
+        where = recipe.out if error.filename is None and recipe is not None else error.filename
+        said = f"{'' if where is None else f'{where}: '}{error.strerror or error}"
+        print(f"twostep train: {said}; what a checkpoint holds is kept, and the same command goes on", file=sys.stderr)
         return FAILED
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,16 @@ class StudentRole:
             yield f"sigmas are {len(self.sigmas)} numbers, and {self.steps} steps have {self.steps + 1}: set steps too"
         if self.sigmas is not None and self.shift is not None:
             yield "both sigmas and shift are given: sigmas are shifted already"
+        yield from _check_shift(self.shift)
+        if self.sigmas is not None:
+            grid = list(self.sigmas)
+            if grid[:1] != [1.0] or grid[-1:] != [0.0] or any(b >= a for a, b in pairwise(grid)):
+                yield f"sigmas are {grid}, expected to fall from 1 to 0"
+
+
+def _check_shift(shift: float | None) -> Iterable[str]:
+    if shift is not None and shift <= 0:
+        yield f"shift is {shift}, expected a number above 0; 1 is none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +75,11 @@ class RealScoreRole:
     subfolder: str = told("transformer", "of the source")
     steps: int = told(8, "of its own sampler, where a method runs it (DP-DMD's anchors)")
     shift: float | None = told(None, "of that sampler's grid; null: what the model's pipeline uses")
+
+    def check(self) -> Iterable[str]:
+        if self.steps < 1:
+            yield f"steps is {self.steps}, expected at least 1"
+        yield from _check_shift(self.shift)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,6 +398,8 @@ class Recipe:
         for name in ("real_score", "fake_score", "discriminator"):
             if getattr(self.roles, name) is not None and name not in method.roles:
                 yield f"roles.{name} is given, and {kind} has the roles {', '.join(method.roles)}"
+        if self.guidance is not None and kind == "decoupled_dmd" and self.guidance.scale < 1:
+            yield f"guidance.scale is {self.guidance.scale}, and {kind} takes the real score apart from 1 on"
         if self.guidance is not None and "real_score" not in method.roles:
             yield f"guidance is given, and {kind} has no real score to guide"
         if self.optimizers.guidance is not None and "fake_score" not in method.roles:

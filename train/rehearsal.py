@@ -107,7 +107,8 @@ def _steady(recipe: Recipe) -> Recipe:
     """The recipe without what looks at numbers on the way, or at code: neither changes what is held."""
     method = recipe.method
     if isinstance(method, FlowMatchingConfig):
-        method = replace(method, caption_dropout=0.0)
+        # The coins of a batch: of its two kinds of context, the one that is longer.
+        method = replace(method, caption_dropout=0.0, image_contexts=float(method.image_contexts > 0))
     return replace(recipe, method=method, compute=replace(recipe.compute, compile=False))
 
 

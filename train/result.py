@@ -22,7 +22,7 @@ from ..zoo.saved_student import FACTS
 from .configuration import resolved
 from .durable_folder import publish, temporary
 from .journal import read_events
-from .methods import Cast
+from .methods import Cast, FlowMatchingConfig
 from .ranks import Ranks
 from .recipe import Recipe
 
@@ -41,6 +41,9 @@ def write_student(recipe: Recipe, cast: Cast, ranks: Ranks, iteration: int) -> P
         facts: dict[str, Any] = {"sigmas": cast.student.sigmas, "steps": steps, "method": recipe.method.kind}
         facts |= {"iteration": iteration, "pipeline": _place(recipe.model)}
         began = [_place(role.source or recipe.model), role.subfolder]
+        method = recipe.method
+        if isinstance(method, FlowMatchingConfig) and role.steps == 1:
+            facts["sampler"] = {"steps": method.sample_steps, "guidance": method.sample_guidance}
         if role.weights == "lora":
             alpha = 2 * role.rank if role.alpha is None else role.alpha
             facts |= {"base": began, "rank": role.rank, "alpha": alpha}

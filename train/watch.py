@@ -45,7 +45,7 @@ def check_evaluation(recipe: Recipe, parts: Parts, feed: Feed, shape: Callable[[
         try:
             claims_of([caption])
         except ValueError:
-            raise ValueError(f"{head}, and {caption!r} is no caption of the miniature's: {give}") from None
+            raise ValueError(f"{head}, and {caption[:80]!r} is no caption of the miniature's: {give}") from None
 
 
 class Watch:

@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--count", type=int, default=1, metavar="N", help="images of each prompt, with seeds that count up (default: 1)"
     )
     add("--out", type=Path, required=True, help="folder of the images")
-    add("--steps", type=int, help=f"of a pipeline; a student has its own (default for a pipeline: {STEPS})")
-    add("--guidance", type=float, default=1.0, metavar="W", help="of a pipeline; 1 is none (default: 1)")
+    add("--steps", type=int, help=f"of a pipeline, or a trained base; a student has its own (default: {STEPS})")
+    add("--guidance", type=float, metavar="W", help="of a pipeline; 1 is none (default: 1; a trained base's own)")
     add_interval(
         parser, "guidance", "of a pipeline: levels sigma that are guided; cfg_truncation T of diffusers is 1-T 1"
     )

@@ -247,7 +247,10 @@ class ContextCache:
             path = self.folder / self._shards[shard]["file"]
             found, file = open_shard(path)
             if found != self._index["header"]:
-                raise ValueError(f"{WHERE}: {path} is a shard of another cache; write this one anew with resume=False")
+                raise ValueError(
+                    f"{WHERE}: {path} is a shard of another cache; write this one anew with resume=False (`twostep "
+                    f"cache --overwrite`)"
+                )
             self._files[shard] = file
         return self._files[shard]
 

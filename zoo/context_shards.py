@@ -102,7 +102,7 @@ CONTEXTS = Kind(
     stem="contexts",
     where=WHERE,
     holds="contexts",
-    writer="ContextCache.write",
+    writer="ContextCache.write (`twostep cache`)",
     input="captions",
     own=("prompts", "has_lengths", CHECKSUMS),
     rows=_captions,
@@ -182,7 +182,7 @@ def read_index(folder: Path, kind: Kind = CONTEXTS) -> dict[str, Any]:
     if index is None:
         raise ValueError(
             f"{kind.where}: the shards in {folder} come from two writings, the later of which is not finished; finish "
-            f"it, or write the folder anew with resume=False on every rank"
+            f"it, or write the folder anew with resume=False on every rank (`twostep cache --overwrite`)"
         )
     return index
 
@@ -247,7 +247,7 @@ def _check_plan(path: Path, found: dict[str, str], wanted: dict[str, str], kind:
     if differ:
         raise ValueError(
             f"{kind.where}: {path} was written for something else: {'; '.join(differ)}; choose another folder, or "
-            f"write this one anew with resume=False"
+            f"write this one anew with resume=False (`twostep cache --overwrite`)"
         )
 
 

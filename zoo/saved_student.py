@@ -39,6 +39,8 @@ def student_facts(folder: Path) -> dict[str, Any]:
     kinds: dict[str, type | tuple[type, ...]] = {"sigmas": list, "steps": list, "pipeline": str}
     if isinstance(facts, dict) and "base" in facts:
         kinds |= {"base": list, "rank": int, "alpha": (int, float)}
+    if isinstance(facts, dict) and "sampler" in facts:  # a base, which takes as many steps as one likes
+        kinds["sampler"] = dict
     said = facts if isinstance(facts, dict) else {}
     wrong = sorted(name for name, kind in kinds.items() if not isinstance(said.get(name), kind))
     if wrong:

@@ -101,7 +101,7 @@ def load_text_to_image(
     path: str | Path,
     *,
     steps: int | None = None,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     guidance_interval: tuple[float, float] = EVERYWHERE,
     eta: float = 0.0,
     eta_interval: tuple[float, float] = EVERYWHERE,
@@ -114,16 +114,21 @@ def load_text_to_image(
     """From a pipeline's folder or hub id, "miniature", or the folder of a run or its student.
 
     Args:
-        steps, guidance, guidance_interval, eta, eta_interval, shift: of a pipeline's transformer, as of Teacher; a
-            student has its own and takes none.
+        steps, guidance, guidance_interval, eta, eta_interval, shift: of a pipeline's transformer, as of Teacher, where
+            no guidance is 1; a student has its own and takes none. Of a base that flow matching has trained steps and
+            guidance are those of its run's samples, unless they are given.
         subfolder: where in a pipeline the transformer lies, if not in `transformer`; a student takes none either.
     """
     _check_device(device)
+    student = student_folder(path)
+    facts = {} if student is None else student_facts(student)
+    sampler = facts.get("sampler")
+    unsaid = 1.0 if sampler is None else sampler["guidance"]
+    guidance = unsaid if guidance is None else guidance
     guidance_interval = check_interval("load_text_to_image", guidance_interval, guidance)
     eta_interval = check_interval("load_text_to_image", eta_interval, check_eta("load_text_to_image", eta), of="eta")
-    student = student_folder(path)
     if student is not None:
-        if steps is not None or guidance != 1 or eta or shift is not None:
+        if sampler is None and (steps is not None or guidance != 1 or eta or shift is not None):
             raise ValueError(
                 f"load_text_to_image: {path} is a student, which has steps of its own; leave out steps, guidance, eta "
                 f"and shift"
@@ -133,11 +138,12 @@ def load_text_to_image(
                 f"load_text_to_image: the subfolder is {subfolder!r}, and {path} is a student, whose networks are its "
                 f"own; leave out subfolder"
             )
-        pipeline = pipeline_path(student_facts(student)["pipeline"])
-        model: Teacher | Student = load_student(student, dtype=dtype, device=device, fused=fused)
+        pipeline = pipeline_path(facts["pipeline"])
+        loaded = load_student(student, dtype=dtype, device=device, fused=fused)
+        model: Teacher | Student = loaded
+        network = None if sampler is None else loaded.distinct_networks()[0]
+        steps = steps if sampler is None or steps is not None else sampler["steps"]
     else:
-        if steps is None:
-            raise ValueError(f"load_text_to_image: {path} is a pipeline; say how many steps it is to take")
         pipeline = pipeline_path(str(path))
         folder = Path(pipeline)
         if not folder.is_dir() and (str(path).count("/") != 1 or str(path).startswith((".", "/", "~"))):
@@ -150,10 +156,14 @@ def load_text_to_image(
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             raise ValueError(
                 f"load_text_to_image: {path} has neither model_index.json (a pipeline) nor student.json (what a run "
-                f"left)"
+                f"leaves when it is finished: the same train command goes on)"
             )
+        if steps is None:
+            raise ValueError(f"load_text_to_image: {path} is a pipeline; say how many steps it is to take")
         network = load_backbone(pipeline, dtype=dtype, device=device, fused=fused, subfolder=subfolder)
         network.requires_grad_(False)
+    if network is not None:
+        assert steps is not None
         model = Teacher(
             network,
             steps=steps,

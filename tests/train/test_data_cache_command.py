@@ -176,8 +176,13 @@ def test_mistakes_are_one_line(
     assert "'32' is no size; give height and width in pixels" in capsys.readouterr().err
     monkeypatch.setattr(cache_command, "_latents", lambda *_: cache_command.Latents(10**9, 10**4, 10**4))
     assert cli.main(arguments(model, prompts, out)) == 2
-    assert "are free there; free some, choose another disk" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "are free there; free some, choose another disk" in said and "twostep cache: twostep cache" not in said
     assert not list(out.rglob("*.safetensors"))  # nothing was written
+    (tmp_path / "file").touch()
+    assert cli.main(arguments(model, prompts, tmp_path / "file" / "out")) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/file/out: Not a directory; once that is mended the same command goes on" in said
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert cli.main(arguments(model, prompts, out)) == 2

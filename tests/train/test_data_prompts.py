@@ -89,6 +89,7 @@ def test_names_the_line_that_is_wrong(tmp_path: Path) -> None:
     assert "line 3 is not UTF-8 (byte 4 of the line is 0xe9)" in failing("a.txt", "one\n\ncaf\xe9".encode("latin-1"))
     assert "line 2 is not JSON" in failing("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n')
     assert "line 1 is list, expected an object" in failing("a.jsonl", b'["a"]')
+    assert "line 1: 'prompt' holds half of a surrogate" in failing("a.jsonl", b'{"prompt": "a \\ud800 ring"}')
     assert "line 2: 'prompt' is int, expected a str" in failing("a.jsonl", b'{"prompt": "a"}\n{"prompt": 3}')
     missing = failing("a.jsonl", b'{"prompt": "a"}\n\n{"text": "a", "id": 1}')
     assert "line 3 has no 'prompt'; there are 'text', 'id'" in missing

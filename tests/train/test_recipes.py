@@ -80,6 +80,29 @@ def test_trains(name: str, server: Server, places: dict[str, tiny_runs.Place], t
     assert list((tmp_path / "samples").glob("*.png"))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("miniature-")])
+def test_of_the_miniature_says_what_it_will_be(name: str, places: dict[str, tiny_runs.Place], capsys: Any) -> None:
+    place, kind = places["z-image"], read_recipe(name, []).data
+    given = [f"data.folder={place.images}"] if isinstance(kind, ImagesData) else []
+    if isinstance(kind, PromptsData):
+        given = [f"data.prompts={place.prompts}", "data.contexts=null", f"data.teacher={place.cache / 'teacher'}"]
+        given = given if kind.teacher is not None else given[:2]
+    assert main(["train", name, *given, "watch.evaluate=null", "--dry-run"]) == 0
+    assert "peak of a generator update" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("miniature-decoupled-dmd", "guidance.scale=0.5", "guidance.scale is 0.5, and decoupled_dmd takes"),
+        ("miniature-dp-dmd", "method.teacher_steps=0", "teacher_steps is 0, expected at least 1"),
+    ],
+)
+def test_what_a_method_cannot_run_with_is_an_error(name: str, change: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        read_recipe(name, [change])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -116,6 +139,12 @@ def test_trains(name: str, server: Server, places: dict[str, tiny_runs.Place], t
         (["guidance.lowest=1"], "lowest is 1.0, expected a level from 0 up to 1"),
         (["guidance.weights.dmd=-1"], "dmd is -1.0, expected at least 0"),
         (["guidance.r1_noise=0"], "r1_noise is 0.0"),
+        (["method.inherit=-1"], "inherit is -1.0, expected a share from 0 on"),
+        (["method.inherit_clip=-1"], "inherit_clip is -1.0, expected a number above 0"),
+        (["roles.student.shift=-3"], "shift is -3.0, expected a number above 0"),
+        (["roles.student.sigmas=[0,0.5,1]"], "sigmas are [0.0, 0.5, 1.0], expected to fall from 1 to 0"),
+        (["roles.student.sigmas=[0.9,0.5,0]"], "sigmas are [0.9, 0.5, 0.0], expected to fall from 1 to 0"),
+        (["roles.real_score={steps: 0}"], "steps is 0, expected at least 1"),
     ],
 )
 def test_contradictions_are_errors_that_name_both_sides(

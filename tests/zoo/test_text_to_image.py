@@ -12,6 +12,7 @@ from diffusers import ZImageTransformer2DModel
 
 from tests.train import tiny_runs
 from tests.train.run_server import Server
+from twostep.export.source import Source
 from twostep.train.data import noise_generator
 from twostep.zoo import Student, Teacher, TwoStepStudent, load_backbone, load_student, load_text_to_image
 
@@ -136,6 +137,29 @@ def test_an_image_with_renewed_noise_is_of_its_seed_too(place: tiny_runs.Place) 
     assert torch.equal(noise, model.noise([4, 5]))
     by_hand = model.images(model.latents(noise, model.contexts(["a star", "a ring"]), generator=generators))
     assert torch.equal(by_hand, with_others)
+
+
+def test_a_base_takes_the_steps_of_its_runs_samples_or_those_that_are_given(
+    place: tiny_runs.Place, tmp_path: Path
+) -> None:
+    """A run of flow matching leaves no student of one step."""
+    server = Server()
+    try:
+        recipe = tiny_runs.recipe(place, "flow_matching", "full", tmp_path, iterations=1, ema=None)
+        recipe["method"] |= {"sample_steps": 3, "sample_guidance": 2.0}
+        recipe["roles"]["student"]["steps"] = 1
+        statuses, printed = server.run(recipe)
+        assert statuses == [0], printed
+    finally:
+        server.close()
+    base = load_backbone(tmp_path / "student" / "transformer", dtype=torch.float32)
+    for given, steps, guidance in (({}, 3, 2.0), ({"steps": 2, "guidance": 1.5}, 2, 1.5)):
+        model = load_text_to_image(tmp_path, dtype=torch.float32, **given)
+        noise, context = model.noise([1]), model.contexts(["a ring"])
+        teacher = Teacher(base, steps=steps, guidance=guidance, negative=model.contexts([""]))
+        assert relative_error(model.latents(noise, context), teacher.sample(noise, context)) < 1e-6
+    with pytest.raises(ValueError, match="is no student but a base that flow matching has trained"):
+        Source.read(tmp_path)
 
 
 def test_wrong_folders_are_explained(runs: dict[str, Path], place: tiny_runs.Place, tmp_path: Path) -> None:

@@ -62,7 +62,12 @@ def run(args: argparse.Namespace) -> int:
         with _ranks() as ranks:
             return _run(args, *ranks)
     except ValueError as error:
-        print(f"twostep cache: {error}", file=sys.stderr)
+        print(f"twostep cache: {str(error).removeprefix('twostep cache: ')}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = args.out if error.filename is None else error.filename
+        said = f"{where}: {error.strerror or error}; once that is mended the same command goes on"
+        print(f"twostep cache: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"twostep cache: interrupted; the same command goes on at what {args.out} lacks", file=sys.stderr)

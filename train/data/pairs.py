@@ -67,7 +67,7 @@ PAIRS = Kind(
     stem="pairs",
     where=WHERE,
     holds="teacher samples",
-    writer="TeacherCache.write",
+    writer="TeacherCache.write (`twostep cache`)",
     input="prompts",
     own=(CHECKSUMS,),
     rows=_rows,
@@ -233,7 +233,10 @@ class TeacherCache:
             path = self.folder / self._shards[shard]["file"]
             found, file = open_shard(path, PAIRS)
             if found != self.header:
-                raise ValueError(f"{WHERE}: {path} is a shard of another cache; write this one anew with resume=False")
+                raise ValueError(
+                    f"{WHERE}: {path} is a shard of another cache; write this one anew with resume=False (`twostep "
+                    f"cache --overwrite`)"
+                )
             self._files[shard] = file
         row = index - self._first[shard]
         tensors = {name: self._files[shard].get_slice(name)[row] for name in names}

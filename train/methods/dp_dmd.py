@@ -5,7 +5,8 @@
     later steps     keep their gradient to each other, and learn DMD on the final image
 
 No discriminator, no images. The teacher's K steps are deterministic; anchors come with the batch (`twostep cache`) or
-are sampled here. Ours for two steps: the anchor stands at the student's own first boundary.
+are sampled here. Ours for two steps: the anchor stands at the student's own first boundary. Ours too: re-noise levels
+of the matching stay below the second step's input (Turbo++'s rule; DMD2 draws them up to .98).
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class DPDMDConfig:
 
     def check(self) -> Iterable[str]:
         yield from check_alternation(self.guidance_per_generator)
+        if self.teacher_steps < 1:
+            yield f"teacher_steps is {self.teacher_steps}, expected at least 1"
         if self.diversity < 0:
             yield f"diversity is {self.diversity}, expected at least 0"
         if self.cut and self.diversity == 0:

@@ -94,7 +94,8 @@ class FlowMatching:
         return teacher.sample(noise, context)
 
     def _context(self, batch: TrainingBatch, generator: torch.Generator) -> Context:
-        if self.config.image_contexts and float(torch.rand((), generator=generator)) < self.config.image_contexts:
+        share = self.config.image_contexts
+        if share == 1 or (share and float(torch.rand((), generator=generator)) < share):
             return wanted(batch.target_context, "flow_matching", "target_context", "image_contexts asks for them")
         dropped = torch.rand(batch.context.batch, generator=generator) < self.config.caption_dropout
         if self.empty is None or not bool(dropped.any()):

@@ -34,7 +34,7 @@ class TurboPPConfig:
     )
     step_one_loss: bool = told(True, "step 1's one-jump prediction has the same losses as the final image")
     inherit: float = told(0.1, "share of the gradient that step 1 inherits (w); 1 is the plain unroll")
-    inherit_clip: float | None = told(None, "largest norm of a sample of the inherited gradient; null: none (ours)")
+    inherit_clip: float | None = told(None, "largest norm of a batch's inherited gradient; null: none (ours)")
     mode: Literal["recompute", "retain", "plain"] = told(
         "recompute", "how step 1's graph is kept: docs/two_step_backward.md"
     )
@@ -44,6 +44,10 @@ class TurboPPConfig:
 
     def check(self) -> Iterable[str]:
         yield from check_alternation(self.guidance_per_generator)
+        if self.inherit < 0:
+            yield f"inherit is {self.inherit}, expected a share from 0 on; the paper's is .1, and 1 is the plain unroll"
+        if self.inherit_clip is not None and self.inherit_clip <= 0:
+            yield f"inherit_clip is {self.inherit_clip}, expected a number above 0, or null for none"
         if self.diversity and not self.step_one_loss:
             yield "diversity is a part of step 1's loss, and step_one_loss is off"
         if not self.step_one_loss and not (self.end_to_end and self.inherit):
