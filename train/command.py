@@ -51,9 +51,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"twostep train: {error}", file=sys.stderr)
         return FAULT
     except OSError as error:
-        where = recipe.out if error.filename is None and recipe is not None else error.filename
-        said = f"{'' if where is None else f'{where}: '}{error.strerror or error}"
-        print(f"twostep train: {said}; what a checkpoint holds is kept, and the same command goes on", file=sys.stderr)
+        said = str(error)
+        if error.errno is not None:  # of the system: a full disk says neither where nor what is to be done
+            where = recipe.out if error.filename is None and recipe is not None else error.filename
+            place = "" if where is None else f"{where}: "
+            said = f"{place}{error.strerror}; once that is mended the same command goes on"
+        print(f"twostep train: {said}", file=sys.stderr)
         return FAILED
 
 

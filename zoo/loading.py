@@ -73,8 +73,14 @@ def load_backbone(
 
 def _config(path: str | Path, subfolder: str | None, revision: str | None, local: bool) -> dict[str, Any]:
     if not local:
-        # Any model's class reads the config of any: they have the name of the file in common.
-        return ZImageTransformer2DModel.load_config(str(path), subfolder=subfolder, revision=revision)
+        try:  # any model's class reads the config of any: they have the name of the file in common
+            return ZImageTransformer2DModel.load_config(str(path), subfolder=subfolder, revision=revision)
+        except OSError as error:
+            where = f"{path}/{subfolder}" if subfolder else str(path)
+            raise OSError(
+                f"load_backbone: config.json of {where} is not in the hub's cache and could not be had from it (no "
+                f"connection, no such repository, or no such file in it); a folder that holds the model does as well"
+            ) from error
     file = Path(path, subfolder or "", "config.json")
     if not file.is_file():
         inside = sorted(entry.name for entry in Path(path).iterdir())[:8]

@@ -65,8 +65,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"twostep cache: {str(error).removeprefix('twostep cache: ')}", file=sys.stderr)
         return 2
     except OSError as error:
-        where = args.out if error.filename is None else error.filename
-        said = f"{where}: {error.strerror or error}; once that is mended the same command goes on"
+        said = str(error)
+        if error.errno is not None:  # of the system: a full disk says neither where nor what is to be done
+            where = args.out if error.filename is None else error.filename
+            said = f"{where}: {error.strerror}; once that is mended the same command goes on"
         print(f"twostep cache: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -63,9 +63,11 @@ def _layout(
     frames, height, width = grid
     for axis, needed in enumerate((padded + frames + 1, height, width)):
         if needed > axes_lens[axis]:
+            room = (axes_lens[0] - frames - 1) // SEQ_MULTI_OF * SEQ_MULTI_OF
+            mend = f"shorten what is longer than {max(room, 0)} tokens" if axis == 0 else "draw smaller images"
             raise ValueError(
                 f"Z-Image: {needed} positions are needed on axis {axis} (captions of up to {padded} tokens, {height} "
-                f"x {width} image tokens), and this model has {axes_lens[axis]} (axes_lens in its config)"
+                f"x {width} image tokens), and this model has {axes_lens[axis]} (axes_lens in its config): {mend}"
             )
     axes = axis_tables(axes_dims, axes_lens, theta, device)
 
