@@ -1,6 +1,6 @@
 """The two-step update at Z-Image's real size, by the trainer's own parts, on random weights: time, memory, the plan.
 
-    python benchmarks/full_size.py --out DIR                         on a GPU, 512 x 512 and 1024 x 1024
+    python benchmarks/full_size.py --planned benchmarks/results/2026-11-29-plan --out DIR      on a GPU, 1024 and 512
     python benchmarks/full_size.py --only lora --sizes 1024 --out DIR
     python benchmarks/full_size.py --small --device cpu              the same on a small model: does the script run
     python benchmarks/full_size.py --plan --out DIR                  minutes on any machine; --planned DIR takes it over
@@ -218,7 +218,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="arrangements whose name begins so")
     parser.add_argument("--times", type=int, default=2, help="timed updates of each kind (default: %(default)s)")
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="begin nothing after that many (default: %(default)s)"
+        "--minutes", type=float, default=8.0, help="begin nothing after that many (default: %(default)s)"
     )
     parser.add_argument("--small", action="store_true", help="a small model, to see that this runs")
     parser.add_argument("--plan", action="store_true", help="run nothing, and print the plan")
