@@ -27,11 +27,12 @@ class Folder:
         if not path.exists():
             return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            assert isinstance(found["rows"], list)
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not what a benchmark writes: {error!r}") from None
-        return dict(found)
+        if not isinstance(found.get("rows"), list):
+            raise ValueError(f"{path} is not what a benchmark writes: it has no rows")
+        return found
 
     def rows(self, file: str) -> list[dict[str, Any]]:
         found = self.read(file)
@@ -45,6 +46,8 @@ class Folder:
         found = self.read(file) or {}
         known = {**found, **found.get("environment", {})}
         device = str(known.get("device") or known.get("machine", "")).partition(",")[0]
+        if found and not device:
+            raise ValueError(f"{self.path / file}.json names no device")
         return {"device": device, **{key: str(known[key]) for key in ("threads", "torch", "date") if key in known}}
 
     @property

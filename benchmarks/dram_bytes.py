@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(rows))
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
-        facts = {"environment": report.environment("cuda"), "command": "python benchmarks/dram_bytes.py --out DIR"}
+        facts = {"environment": report.environment("cuda"), "command": " ".join(["python", *sys.argv])}
         content = json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1)
         (given.out / "dram_bytes.json").write_text(content + "\n", encoding="utf-8")
         (given.out / "dram_bytes.md").write_text(table(rows) + "\n", encoding="utf-8")

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from committed import Folder
 from diffusers import ZImageTransformer2DModel
 
 from twostep import ops
@@ -168,10 +169,15 @@ def counts_of(method: Any) -> dict[str, int]:
 Planned = dict[tuple[str, str], dict[str, float]]
 
 
-def read_plan(folder: Path | None) -> Planned:
+def read_plan(folder: Path | None, small: bool) -> Planned:
     if folder is None:
         return {}
-    rows = json.loads((folder / "full_size.json").read_text(encoding="utf-8"))["rows"]
+    found = Folder(folder).read("full_size")
+    if found is None:
+        raise ValueError(f"--planned is {folder}, and there is no full_size.json in it")
+    if found["small"] != small:
+        raise ValueError(f"--planned is {folder}, a plan of the {'small' if found['small'] else 'real'} model")
+    rows = found["rows"]
     return {(row["name"], row["latents"]): row["planned_gib"] for row in rows}
 
 
@@ -233,6 +239,11 @@ def main() -> int:
         faults.append("--device is cuda, and torch sees no GPU")
     if given.device == "cpu" and not (given.small or given.plan):
         faults.append("the real size is for a GPU; on a CPU give --small, or --plan")
+    planned: Planned = {}
+    try:
+        planned = read_plan(given.planned, given.small)
+    except ValueError as error:
+        faults.append(str(error))
     if faults:
         print("\n".join(f"full_size: {fault}" for fault in faults), file=sys.stderr)
         return 2
@@ -241,7 +252,7 @@ def main() -> int:
     device = torch.device(given.device)
     todo = [(size, one) for size in given.sizes for one in chosen]
     with tempfile.TemporaryDirectory() as folder, join(device=given.device, timeout=3600, sharded=False) as ranks:
-        models, planned = write_models(Path(folder), given.small), read_plan(given.planned)
+        models = write_models(Path(folder), given.small)
         on = None if given.plan else ranks
         work = partial(measure, models=models, planned=planned, ranks=on, times=given.times)
         for number, (size, one) in enumerate(todo):
@@ -252,15 +263,15 @@ def main() -> int:
             rows.append(work(one, size))
             print(table(rows[-1:]), file=sys.stderr, flush=True)
             if given.out is not None:
-                save(rows, given.out, device.type)
+                save(rows, given.out, device.type, given.small)
     print(table(rows))
     return 0
 
 
-def save(rows: Sequence[Row], folder: Path, device: str) -> None:
+def save(rows: Sequence[Row], folder: Path, device: str, small: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"environment": environment(device), "command": " ".join(["python", *sys.argv])}
-    content = {**facts, "rows": [asdict(row) for row in rows]}
+    content = {**facts, "small": small, "rows": [asdict(row) for row in rows]}
     (folder / "full_size.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (folder / "full_size.md").write_text(f"    {facts['command']}\n\n{table(rows)}\n", encoding="utf-8")
 

@@ -89,6 +89,20 @@ def runs(found: Sequence[Folder]) -> str:
     return markdown(head, lines)
 
 
+def slower(found: Sequence[Folder]) -> str:
+    """Of all runs' kernels, each case in which another candidate takes less time."""
+    head = ["run", "op", "shape", "dtype", "direction", "faster", "takes of our time"]
+    lines = []
+    for folder in found:
+        for row in folder.kernels():
+            for name in row.seconds:
+                ratio = row.ratio(name)
+                if name != "twostep" and ratio is not None and ratio < 0.995:
+                    case = [folder.name, f"`{row.op}`", row.shape, row.dtype, row.direction]
+                    lines.append([*case, name, f"{ratio:.2f}"])
+    return markdown(head, lines)
+
+
 # In full
 
 
@@ -230,6 +244,7 @@ def sections(found: Sequence[Folder]) -> str:
             text += [f"## {title}: {facts['device']}", explained, f"{said}; `{command}`", render(folder)]
             if file == "kernels":
                 text.append(f"![Share of the copy bandwidth, by operator](pictures/{picture(folder).name})")
+    text += ["## Where something else is faster", SLOWER, slower(found)]
     return "\n\n".join(text)
 
 
@@ -237,6 +252,12 @@ RUNS = (
     "Geometric means of how many times longer others take, forward and backward together; the least and the most of a "
     "copy's speed at the large shape (more than all where a kernel writes past the caches and the copy does not); "
     "whole models and iterations against stock diffusers. Names are those of the folders in `benchmarks/results`."
+)
+
+
+SLOWER = (
+    "Every case of the runs above in which an operator takes longer than what stands beside it. `torch.add` is one "
+    "call with `alpha`, which takes tensors of one dtype alone."
 )
 
 

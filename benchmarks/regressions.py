@@ -71,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"regressions: {error}", file=sys.stderr)
         return 2
+    except (KeyError, TypeError) as error:
+        print(f"regressions: a row is not what a benchmark writes: {error!r}", file=sys.stderr)
+        return 2
     for line in found:
         print(f"worse: {line}")
     if missing:

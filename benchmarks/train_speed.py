@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from twostep import __version__
+from twostep.bench.report import environment
 from twostep.cli import main as command
 from twostep.train.configuration import load
 from twostep.train.engine import Run
@@ -131,15 +130,8 @@ def main() -> None:
     print(table, end="")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "torch": torch.__version__,
-            "twostep": __version__,
-            "python": platform.python_version(),
-            "threads": args.threads,
-            "date": time.strftime("%Y-%m-%d"),
-            "command": " ".join(["python", "benchmarks/train_speed.py", *sys.argv[1:]]),
-            "rows": rows,
-        }
+        command = " ".join(["python", "benchmarks/train_speed.py", *sys.argv[1:]])
+        facts = {"environment": environment("cpu"), "command": command, "rows": rows}
         (args.out / "train_speed.json").write_text(json.dumps(facts, indent=1) + "\n")
         (args.out / "train_speed.md").write_text(table)
 

@@ -117,9 +117,8 @@ template <class T>
 struct BackwardRow {
   const T *dout, *dh, *out, *z;
   const T *next_dout, *next_dh, *next_out, *next_z;
-  Acc<T> mean, rstd, post_rstd;  // mean is 0 for rms, post_rstd 1 without a post_norm
-  Acc<T> mean_go, mean_g,
-      mean_uz;  // mean(g * ohat), mean(g), mean(u * zhat) with a post_norm; the others 0 where absent
+  Acc<T> mean, rstd, post_rstd;     // mean is 0 for rms, post_rstd 1 without a post_norm
+  Acc<T> mean_go, mean_g, mean_uz;  // mean(g * ohat), mean(g), mean(u * zhat); 0 where there is no such term
   Modulated<Acc<T>> p;
   Acc<T>* t;  // scratch: dx before it is rounded
   T *dx, *dz;
@@ -149,7 +148,7 @@ TWOSTEP_INLINE void norm_sums(BackwardRow<T>& row, int64_t width, bool layer) {
 // dx of kRows rows, their terms of A, S and G, and mean(u * zhat).
 template <bool kPerToken, bool kSums, int kRows, class T>
 TWOSTEP_INLINE void residual_rows(BackwardRow<T> (&rows)[kRows], const Acc<T>* pre_weight,
-                                  const Accumulators<Acc<T>>& sums, int64_t width) {
+                                  const Accumulators<Acc<T>>& sums, int64_t width, bool post_norm) {
   using A = Acc<T>;
   struct {
     Sums<A> rows[kRows];
@@ -191,11 +190,10 @@ TWOSTEP_INLINE void residual_rows(BackwardRow<T> (&rows)[kRows], const Acc<T>* p
         }
       },
       uz);
-  for (int r = 0; r < kRows; ++r) rows[r].mean_uz = uz.rows[r].total() / static_cast<A>(width);
+  for (int r = 0; r < kRows; ++r) rows[r].mean_uz = post_norm ? uz.rows[r].total() / static_cast<A>(width) : A{0};
 }
 
-// Without a post_norm dz does not look at z, which may be infinite.
-template <bool kPostNorm, class T>
+template <class T>
 TWOSTEP_INLINE void branch_row(const BackwardRow<T>& row, int64_t width) {
   using A = Acc<T>;
   for_vectors<A>(width, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
@@ -203,7 +201,7 @@ TWOSTEP_INLINE void branch_row(const BackwardRow<T>& row, int64_t width) {
     prefetch(row.next_z + d);
     const Vec<A> u = load(row.t + d, lanes) * load(row.p.post_m + d, lanes);
     const Vec<A> zhat = load(row.z + d, lanes) * row.post_rstd;
-    store(row.dz + d, kPostNorm ? row.post_rstd * (u - zhat * row.mean_uz) : u, lanes);
+    store(row.dz + d, row.post_rstd * (u - zhat * row.mean_uz), lanes);
   });
 }
 
@@ -301,10 +299,10 @@ class Backward {
                   dz_.row(dz + r * width_, r)};
       norm_sums(group[r], width_, layer);
     }
-    residual_rows<kPerToken, kSums>(group, pre_weight_, sums, width_);
+    residual_rows<kPerToken, kSums>(group, pre_weight_, sums, width_, post_norm);
     for (int r = 0; r < kRows; ++r) {
       dx_.done(dx + r * width_, width_, r);
-      post_norm ? branch_row<true>(group[r], width_) : branch_row<false>(group[r], width_);
+      branch_row(group[r], width_);
       dz_.done(dz + r * width_, width_, r);
       const int64_t offset = (first + r) * width_;
       if (a_.scale_per_token && a_.dscale) store_params(a_.param_dtype, a_.dscale, offset, width_, group[r].p.dscale);

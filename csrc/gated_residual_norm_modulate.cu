@@ -226,10 +226,7 @@ __global__ void __launch_bounds__(heavy.max_threads, heavy.resident / heavy.max_
       gating(v, column, i, c);
       inputs.read(z_, v, column, z);
 #pragma unroll
-      for (int e = 0; e < W; ++e) {
-        const float u = t[e] * post_rstd * c[e];
-        z[e] = post_normed ? u + z[e] * branch_project : u;  // else dz does not look at z, which may be infinite
-      }
+      for (int e = 0; e < W; ++e) z[e] = t[e] * post_rstd * c[e] + z[e] * branch_project;
       store<W>(static_cast<T*>(p.dz) + at + column, z);
     });
   }

@@ -81,7 +81,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from .evaluate.subjects import SHEET, state_of
     from .zoo import load_text_to_image
-    from .zoo.saved_student import student_folder
+    from .zoo.saved_student import student_facts, student_folder
     from .zoo.teacher import EVERYWHERE
 
     for name, least in (("count", 1), ("batch", 1)):
@@ -97,7 +97,11 @@ def _run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     steps = STEPS if args.steps is None and student_folder(args.model) is None else args.steps
-    facts = {"model": str(args.model), "steps": steps, "guidance": args.guidance}
+    student = student_folder(args.model)
+    sampler = {} if student is None else student_facts(student).get("sampler", {})
+    guidance = sampler.get("guidance", 1.0) if args.guidance is None else args.guidance
+    steps = sampler.get("steps") if steps is None else steps
+    facts = {"model": str(args.model), "steps": steps, "guidance": guidance}
     facts["subfolder"] = None if args.subfolder == "transformer" else args.subfolder  # its default, said or not
     facts |= {"size": args.size, "dtype": str(dtype).removeprefix("torch."), "files": state_of(args.model)}
     if args.eta:
@@ -111,7 +115,7 @@ def _run(args: argparse.Namespace) -> int:
         model = load_text_to_image(
             args.model,
             steps=steps,
-            guidance=args.guidance,
+            guidance=guidance,
             guidance_interval=tuple(args.guidance_interval),
             eta=args.eta,
             eta_interval=tuple(args.eta_interval),

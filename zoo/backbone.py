@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .context import Context
 from .fuse import is_fused
+from .sampling import ROUNDING
 
 
 class Level:
@@ -143,7 +144,7 @@ class Backbone(nn.Module, ABC):
             )
         if not x.is_floating_point():
             raise TypeError(f"{self._name}: x is {x.dtype}, expected a floating-point dtype: latents, not pixels")
-        if not isinstance(sigma, Tensor) and not 0 <= sigma <= 1:
+        if not isinstance(sigma, Tensor) and not -ROUNDING <= sigma <= 1 + ROUNDING:
             raise ValueError(f"{self._name}: sigma is {sigma}, expected a number from 0 (clean) to 1 (noise)")
         level = torch.as_tensor(sigma, dtype=torch.float32)
         if level.dim() == 0:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from .parts_read import Norms, faults_of_attention, faults_of_norms
+from .parts_read import Norms, faults_of_attention, faults_of_norms, left_behind
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -118,6 +118,8 @@ def unfuse(model: Model) -> Model:
 
 def _exchange(root: nn.Module, classes: Mapping[type, type]) -> None:
     for module in root.modules():
+        if type(module) in classes and left_behind(module):
+            del module.__dict__["forward"]  # it would stand before the new class's
         for thing in (module, getattr(module, "processor", None)):
             if type(thing) in classes:
                 thing.__class__ = classes[type(thing)]

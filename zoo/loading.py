@@ -78,8 +78,8 @@ def _config(path: str | Path, subfolder: str | None, revision: str | None, local
         except OSError as error:
             where = f"{path}/{subfolder}" if subfolder else str(path)
             raise OSError(
-                f"load_backbone: config.json of {where} is not in the hub's cache and could not be had from it (no "
-                f"connection, no such repository, or no such file in it); a folder that holds the model does as well"
+                f"load_backbone: config.json of {where} could not be had from the hub or its cache; a folder that "
+                f"holds the model does as well. {error}"
             ) from error
     file = Path(path, subfolder or "", "config.json")
     if not file.is_file():

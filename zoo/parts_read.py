@@ -14,30 +14,38 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Norms:
-    """Norms of a module, by the names of its attributes, which one eps serves. A norm may be absent."""
+    """Norms of a module, by their paths in it, which one eps serves. A norm may be absent."""
 
     names: tuple[str, ...]
     kind: type
     weight: bool = True  # it is read; else there must be none
+    together: bool = False  # all of them are there, or none
 
 
 def replaced_forward(module: nn.Module) -> bool:
-    """A forward that somebody has put on the instance; accelerate and diffusers do that too, and call the old one."""
-    return "forward" in vars(module) and not hasattr(module, "_hf_hook") and not hasattr(module, "_diffusers_hook")
+    """A forward that somebody has put on the instance. accelerate and diffusers do that too, and call the old one."""
+    hooked = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+    return "forward" in vars(module) and not hooked and not left_behind(module)
+
+
+def left_behind(module: nn.Module) -> bool:
+    """The class's own forward on the instance: what accelerate leaves there when it takes its hooks away."""
+    return getattr(vars(module).get("forward"), "__func__", None) is type(module).forward
 
 
 def faults_of_attention(module: nn.Module, place: str, kinds: tuple[type, ...]) -> Iterator[str]:
-    if isinstance(module, kinds) and type(module) not in kinds:
+    """A forward on the instance is no fault: such a module is called (zoo/attention.py), and FSDP hooks it."""
+    if isinstance(module, kinds) and type(module) not in kinds and "FSDP" not in type(module).__name__:
         yield f"{place} is a {_class(module)}, which derives from a stock class: its forward would be lost"
-    elif isinstance(module, kinds) and replaced_forward(module):
-        yield f"{place} has a forward of its own, which would be lost"
 
 
 def faults_of_norms(module: nn.Module, place: str, groups: Iterable[Norms], ours: Any) -> Iterator[str]:
     for group in groups:
-        found = {name: _plain(getattr(module, name, None)) for name in group.names}
+        found = {name: _plain(_part(module, name)) for name in group.names}
         norms = {name: norm for name, norm in found.items() if norm is not None}
         wrong = False
+        if group.together and norms and len(norms) < len(found):
+            yield f"{place} has {', '.join(norms)} and not {', '.join(found.keys() - norms.keys())}: both, or neither"
         for name, norm in norms.items():
             for fault in _faults(norm, group, ours.get(group.kind)):
                 wrong = True
@@ -56,6 +64,15 @@ def _faults(norm: Any, group: Norms, fused: type | None) -> Iterator[str]:
         yield "has a bias, which would be lost"
     elif not group.weight and getattr(norm, "weight", None) is not None:
         yield "has a weight, which would be lost"
+    elif norm.eps is None:
+        yield "has no eps, and the fused operator needs a number"
+
+
+def _part(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:  # absent, or None
+        return None
 
 
 def _plain(norm: Any) -> Any:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-6  # of levels, which come in float32 and as Python's numbers: a bound belongs to the interval
+
 
 def sigma_grid(steps: int, shift: float = 3.0) -> tuple[float, ...]:
     """The sigmas of `steps` Euler steps: steps + 1 numbers from 1 down to 0, shifted once."""
@@ -27,8 +29,8 @@ def sigma_grid(steps: int, shift: float = 3.0) -> tuple[float, ...]:
         raise ValueError(f"sigma_grid: steps is {steps!r}, expected a whole number of at least 1")
     if not 0 < shift < float("inf"):
         raise ValueError(f"sigma_grid: shift is {shift}, expected a positive number; 1 is no shift")
-    linear = [1 - i / steps for i in range(steps)]
-    return (*(shift * u / (1 + (shift - 1) * u) for u in linear), 0.0)
+    inner = [1 - i / steps for i in range(1, steps)]
+    return (1.0, *(shift * u / (1 + (shift - 1) * u) for u in inner), 0.0)  # 1 itself may round to either side
 
 
 def check_grid(owner: str, sigmas: Sequence[float]) -> tuple[float, ...]:

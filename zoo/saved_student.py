@@ -41,6 +41,9 @@ def student_facts(folder: Path) -> dict[str, Any]:
         kinds |= {"base": list, "rank": int, "alpha": (int, float)}
     if isinstance(facts, dict) and "sampler" in facts:  # a base, which takes as many steps as one likes
         kinds["sampler"] = dict
+        sampler = facts["sampler"] if isinstance(facts["sampler"], dict) else {}
+        if not isinstance(sampler.get("steps"), int) or not isinstance(sampler.get("guidance"), (int, float)):
+            facts = {**facts, "sampler": None}
     said = facts if isinstance(facts, dict) else {}
     wrong = sorted(name for name, kind in kinds.items() if not isinstance(said.get(name), kind))
     if wrong:

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .context import Context
-from .sampling import check_grid, euler, sigma_grid
+from .sampling import ROUNDING, check_grid, euler, sigma_grid
 
 EVERYWHERE = (0.0, 1.0)
 Generators = torch.Generator | Sequence[torch.Generator] | None
 _NONE = {"guidance": 1, "eta": 0}
-ROUNDING = 1e-6  # of levels, which come in float32 and as Python's numbers: a bound belongs to the interval
 
 
 def check_interval(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def test_the_larger_sister_has_the_packages_other_parts(tmp_path: Path, capsys: 
     assert "no stage 'encoders', expected one of base, teacher, weights" in capsys.readouterr().err
     assert main(whole) == 0
     own, large = miniature(), miniature(tmp_path / "weights")
-    assert sum(p.numel() for p in large.transformer.parameters()) > 25e6
+    assert sum(p.numel() for p in large.transformer.parameters()) == 30_219_408
     for part in ("vae", "text_encoder"):
         pairs = zip(getattr(own, part).parameters(), getattr(large, part).parameters(), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
@@ -91,6 +93,20 @@ def test_the_larger_sister_has_the_packages_other_parts(tmp_path: Path, capsys: 
     assert sorted(path.stem for path in (tmp_path / "weights" / "training").iterdir()) == ["base", "teacher"]
     assert main(["--out", str(tmp_path), *steps, *quick]) == 2
     assert "holds a miniature of width 384, and this one has 128" in capsys.readouterr().err
+
+
+def test_a_run_that_is_asked_to_stop_is_waited_for(tmp_path: Path) -> None:
+    """The child takes its time to save."""
+    child = "import signal, sys, time, pathlib\nsignal.signal(signal.SIGTERM, lambda *_: None)\n"
+    child += f"pathlib.Path({str(tmp_path)!r}, 'begun').touch()\nsignal.pause()\n"
+    child += f"pathlib.Path({str(tmp_path)!r}, 'saved').touch()\nsys.exit(3)\n"
+    parent = "import os, sys\nfrom twostep.train.miniature.stages import _waited\n"
+    parent += f"sys.exit(_waited([sys.executable, '-c', {child!r}], dict(os.environ)))"
+    process = subprocess.Popen([sys.executable, "-c", parent])
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=60) == 3 and (tmp_path / "saved").exists()
 
 
 def test_mistakes_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

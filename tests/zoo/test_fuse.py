@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -20,6 +21,7 @@ from diffusers import (
     ZImagePipeline,
 )
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -301,13 +303,14 @@ FOREIGN_PARTS = {
         ("layers.0", lambda block: setattr(block.ffn_norm2, "eps", 0.5), r"different eps \(.*ffn_norm2 0\.5\)"),
         ("layers.0.ffn_norm1", _replaced, "ffn_norm1 has a forward of its own"),
         ("layers.0.attention", _subclass, "attention is a .*OwnAttention, which derives"),
-        ("layers.0.attention", _replaced, "attention has a forward of its own"),
+        ("layers.0.attention", lambda attention: setattr(attention, "norm_k", None), "norm_q and not norm_k"),
+        ("cap_embedder", lambda embedder: embedder.__setitem__(0, RMSNorm(20, eps=1e-5, bias=True)), r"0 has a bias"),
     ],
     "flux2": [
         ("single_transformer_blocks.0", _put("norm", nn.LayerNorm(32)), "0.norm has a bias"),
         ("transformer_blocks.0", _put("norm2", nn.LayerNorm(32, bias=False)), "norm2 has a weight"),
         ("transformer_blocks.0.attn", _subclass, "attn is a .*OwnAttention, which derives"),
-        ("single_transformer_blocks.0.attn", _replaced, "attn has a forward of its own"),
+        ("single_transformer_blocks.0.attn.norm_q", lambda norm: setattr(norm, "eps", None), "norm_q has no eps"),
         ("transformer_blocks.0.attn.norm_added_k", lambda norm: setattr(norm, "eps", 0.5), "different eps"),
     ],
 }
@@ -322,6 +325,19 @@ def test_a_part_whose_forward_would_be_lost_is_named(name: str, place: str, chan
     with pytest.raises(TypeError, match=message):
         fuse(model)
     assert not is_fused(model)
+
+
+def test_what_accelerate_leaves_behind_is_no_forward_of_ones_own() -> None:
+    case = CASES["z-image"]
+    model = stock_model(case)
+    expected = call_stock(model, case, batch_of(case))
+    for module in model.modules():
+        add_hook_to_module(module, ModelHook())
+    remove_hook_from_module(model, recurse=True)
+    assert "forward" in vars(model.layers[0].ffn_norm1)
+    fuse(model)
+    assert not any("forward" in vars(module) for module in (model, model.layers[0], model.layers[0].feed_forward))
+    assert relative_error(call_stock(fuse(model), case, batch_of(case)), expected) < 1e-5
 
 
 @BOTH
@@ -358,6 +374,7 @@ def test_who_comes_after_fuse_finds_the_attention_called(name: str) -> None:
     forward = attention.forward
     attention.forward = lambda *args, **kwargs: forward(*args, **kwargs).flip(-1)
     assert relative_error(call_stock(model, case, batch), before) > 1e-4
+    assert fuse(model) is model  # a second call changes nothing
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

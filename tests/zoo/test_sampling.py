@@ -68,3 +68,8 @@ def test_nothing_is_drawn_where_nothing_is_renewed() -> None:
     for a, b in itertools.pairwise(grid):
         expected = expected + (b - a) * (expected * a)
     assert torch.equal(euler(lambda state, a: state * a, x, grid, fresh=refuse), expected)
+
+
+@pytest.mark.parametrize("shift", [0.01228, 0.2, 0.38242, 0.5, 3.0])
+def test_a_grid_begins_at_one_exactly(shift: float) -> None:
+    assert sigma_grid(6, shift)[0] == 1.0

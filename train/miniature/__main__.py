@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--ranks", type=int, default=1, help="processes of the base's and the teacher's runs (default: %(default)s)")
     add("--images", type=int, default=500, help="that the quality of what ships is measured on (default: %(default)s)")
     add("--steps", type=_step, action="append", default=[], metavar="STAGE=N", help="fewer, to see the chain run")
-    add("--large", action="store_true", help="the larger sister, 29 million parameters on the package's other parts")
+    add("--large", action="store_true", help="the larger sister, 30 million parameters on the package's other parts")
     given = parser.parse_args(arguments)
     if given.ranks < 1:
         parser.error(f"--ranks is {given.ranks}, expected at least 1")

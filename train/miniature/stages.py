@@ -7,7 +7,7 @@
     weights        all of it in bfloat16, as it ships              weights/     transformer/ is the teacher, and base/
 
 The two runs of `twostep train` are processes of their own, one or several. The miniature's larger sister has the
-package's own autoencoder and encoders, and a transformer of ten times the size.
+package's own autoencoder and encoders, and a transformer of fifteen times the size.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,9 @@ class Chain:
         if until not in stages:
             raise ValueError(f"the larger sister has no stage {until!r}, expected one of {', '.join(stages)}")
         self._check_size()
+        made = [stage for stage in MADE_ALREADY if self.large and stage in (self.steps or {})]
+        if made:
+            raise ValueError(f"--steps names {', '.join(made)}, which the larger sister takes from the package")
         if self.large:
             self._on_the_packages_parts()
         for stage in stages[: stages.index(until) + 1]:
@@ -162,11 +167,9 @@ class Chain:
         alone = [sys.executable]
         together = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
         command = [*alone, *(together if self.ranks > 1 else []), "-m", "twostep", "train", RECIPES[stage]]
-        ended = subprocess.run(
-            [*command, *own, *self.settings], env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False
-        )
-        if ended.returncode or not finished(self.out / stage):
-            raise StageFailed(stage, ended.returncode)
+        status = _waited([*command, *own, *self.settings], {**os.environ, "OMP_NUM_THREADS": str(threads)})
+        if status or not finished(self.out / stage):
+            raise StageFailed(stage, status)
 
     # What ships
 
@@ -210,6 +213,20 @@ class Chain:
     @property
     def _pipeline(self) -> Path:
         return self.out / "pipeline"
+
+
+def _waited(command: list[str], env: dict[str, str]) -> int:
+    """The status at the end, whatever comes in between: a run that is asked to stop saves first, and whoever starts the
+    chain again must not find it still running. A terminal's Ctrl-C reaches it by itself."""
+    process = subprocess.Popen(command, env=env)
+    handlers: dict[int, Any] = {signal.SIGTERM: lambda *_: process.terminate(), signal.SIGINT: lambda *_: None}
+    asked = handlers if threading.current_thread() is threading.main_thread() else {}
+    before = {number: signal.signal(number, handler) for number, handler in asked.items()}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _forget_places(folder: Path) -> None:

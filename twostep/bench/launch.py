@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"microseconds of a call\n\n{table(rows)}")
     if arguments.out:
         facts: dict[str, Any] = {"environment": report.environment(device), "shape": str(SHAPE)}
-        facts["command"] = "twostep bench launch --out DIR"
+        facts["command"] = shlex.join(["twostep", *sys.argv[1:]])
         path = arguments.out / "launch.json"
         path.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
         print(f"wrote {path}")

@@ -25,10 +25,10 @@ NORMS: dict[type, tuple[Norms, ...]] = {
     ),
     stock.Flux2SingleTransformerBlock: (Norms(("norm",), nn.LayerNorm, weight=False),),
     stock.Flux2Attention: (
-        Norms(("norm_q", "norm_k"), nn.RMSNorm),
-        Norms(("norm_added_q", "norm_added_k"), nn.RMSNorm),
+        Norms(("norm_q", "norm_k"), nn.RMSNorm, together=True),
+        Norms(("norm_added_q", "norm_added_k"), nn.RMSNorm, together=True),
     ),
-    stock.Flux2ParallelSelfAttention: (Norms(("norm_q", "norm_k"), nn.RMSNorm),),
+    stock.Flux2ParallelSelfAttention: (Norms(("norm_q", "norm_k"), nn.RMSNorm, together=True),),
     AdaLayerNormContinuous: (Norms(("norm",), nn.LayerNorm),),
 }
 

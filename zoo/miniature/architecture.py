@@ -45,7 +45,7 @@ class Sizes:
     vision_patch: int = 8  # merged 2 x 2: 16 image tokens
 
 
-LARGE = Sizes(width=384, blocks=10, refiner_blocks=2)  # 29 million parameters in the transformer, for a GPU
+LARGE = Sizes(width=384, blocks=10, refiner_blocks=2)  # 30 million parameters in the transformer, for a GPU
 
 
 @dataclass(frozen=True)

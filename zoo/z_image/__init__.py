@@ -19,10 +19,13 @@ FUSED: dict[type, type] = {
 
 ATTENTION: tuple[type, ...] = (Attention,)
 NORMS: dict[type, tuple[Norms, ...]] = {
+    stock.ZImageTransformer2DModel: tuple(
+        Norms((name,), stock.RMSNorm) for name in ("cap_embedder.0", "siglip_embedder.0")
+    ),
     stock.ZImageTransformerBlock: (
         Norms(("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"), stock.RMSNorm),
     ),
-    Attention: (Norms(("norm_q", "norm_k"), stock.RMSNorm),),
+    Attention: (Norms(("norm_q", "norm_k"), stock.RMSNorm, together=True),),
     stock.FinalLayer: (Norms(("norm_final",), nn.LayerNorm, weight=False),),
 }
 

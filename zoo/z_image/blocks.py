@@ -90,6 +90,8 @@ class RMSNorm(stock.RMSNorm):  # type: ignore[misc]
     loaded in its own: as in stock code, the result has a 16-bit weight's dtype, and else the wider of both."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.weight is None:
+            return ops.norm_modulate(hidden_states, eps=self.eps)
         wide = torch.promote_types(hidden_states.dtype, self.weight.dtype)
         out = ops.norm_modulate(hidden_states.to(wide), self.weight, eps=self.eps)
         return out.to(self.weight.dtype) if self.weight.dtype in (torch.float16, torch.bfloat16) else out
