@@ -93,12 +93,12 @@ def profiled(op: str, shape: cases.Shape, direction: str) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     head = ["op", "shape", "direction", "kernels", "read MB", "written MB", "floor MB", "moved / floor"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in rows:
         sizes = [f"{size / 1e6:.1f}" for size in (row.read, row.written, row.floor)]
         moved = f"{(row.read + row.written) / row.floor:.3f}"
         lines.append([row.op, row.shape, row.direction, str(row.kernels), *sizes, moved])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return report.markdown(head, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

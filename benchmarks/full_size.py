@@ -32,7 +32,7 @@ from committed import Folder
 from diffusers import ZImageTransformer2DModel
 
 from twostep import ops
-from twostep.bench.report import environment
+from twostep.bench.report import environment, markdown
 from twostep.memory import LiveBytes
 from twostep.train.average import Average
 from twostep.train.cast import DTYPES, Casting
@@ -207,14 +207,14 @@ def measure(
 
 def table(rows: Sequence[Row]) -> str:
     head = ["what", "latents", "update", "seconds", "peak GiB", "planned GiB", "measured / planned"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in rows:
         for kind, planned in row.planned_gib.items():
             seconds, peak = row.seconds.get(kind), row.peak_gib.get(kind)
             cells = [row.name, row.latents, kind, row.fault or ("" if seconds is None else f"{seconds:.3f}")]
             cells += ["" if peak is None else f"{peak:.3g}", f"{planned:.3g}"]
             lines.append([*cells, "" if peak is None else f"{peak / planned:.2f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(head, lines)
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,15 @@ from typing import Any
 from committed import Folder, folders
 
 from twostep.bench import cases, report
+from twostep.bench import launch as overhead
 from twostep.bench.measure import Row
+from twostep.bench.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, README, PICTURES = ROOT / "docs" / "performance.md", ROOT / "README.md", ROOT / "docs" / "pictures"
 BEGIN, END = "<!-- from benchmarks/results, by benchmarks/page.py -->", "<!-- end -->"
 WITH_NORM = cases.OPS[:4]
 BLOCK_OPS = cases.OPS[:6]
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def times(value: float | None) -> str:
@@ -122,13 +119,7 @@ def kernels(folder: Folder) -> str:
 
 
 def launch(folder: Folder) -> str:
-    rows = folder.rows("launch")
-    names = list(dict.fromkeys(name for row in rows for name in row["microseconds"]))
-    lines = []
-    for row in rows:
-        cells = [f"{row['microseconds'][name]:.0f}" if name in row["microseconds"] else "" for name in names]
-        lines.append([f"`{row['op']}`", row["dtype"], row["direction"], *cells])
-    return markdown(["op", "dtype", "direction", *names], lines)
+    return overhead.table([overhead.Row(**row) for row in folder.rows("launch")])
 
 
 def models(folder: Folder) -> str:

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..arguments import system_fault
     from .checkpoint import CheckpointError
 
     if args.list or args.keys:
@@ -51,12 +52,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"twostep train: {error}", file=sys.stderr)
         return FAULT
     except OSError as error:
-        said = str(error)
-        if error.errno is not None:  # of the system: a full disk says neither where nor what is to be done
-            where = recipe.out if error.filename is None and recipe is not None else error.filename
-            place = "" if where is None else f"{where}: "
-            said = f"{place}{error.strerror}; once that is mended the same command goes on"
-        print(f"twostep train: {said}", file=sys.stderr)
+        print(f"twostep train: {system_fault(error, None if recipe is None else recipe.out)}", file=sys.stderr)
         return FAILED
 
 

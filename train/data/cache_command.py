@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twostep.arguments import add_interval
+from twostep.arguments import add_interval, system_fault
 
 if TYPE_CHECKING:
     from .prompts import Prompts
@@ -65,11 +65,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"twostep cache: {str(error).removeprefix('twostep cache: ')}", file=sys.stderr)
         return 2
     except OSError as error:
-        said = str(error)
-        if error.errno is not None:  # of the system: a full disk says neither where nor what is to be done
-            where = args.out if error.filename is None else error.filename
-            said = f"{where}: {error.strerror}; once that is mended the same command goes on"
-        print(f"twostep cache: {said}", file=sys.stderr)
+        print(f"twostep cache: {system_fault(error, args.out)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"twostep cache: interrupted; the same command goes on at what {args.out} lacks", file=sys.stderr)

@@ -54,11 +54,11 @@ def measure(op: str, dtype: torch.dtype, device: str, compiled: bool) -> list[Ro
 
 def table(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.microseconds))
-    lines = [["op", "dtype", "direction", *names], ["---"] * (3 + len(names))]
+    lines = []
     for row in rows:
         cells = [f"{row.microseconds[name]:.1f}" if name in row.microseconds else "" for name in names]
-        lines.append([row.op, row.dtype, row.direction, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append([f"`{row.op}`", row.dtype, row.direction, *cells])
+    return report.markdown(["op", "dtype", "direction", *names], lines)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import datetime
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,12 @@ def _others(rows: Sequence[Row]) -> list[str]:
 
 def _cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose columns are not aligned: for pages."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def table(rows: Sequence[Row]) -> str:
