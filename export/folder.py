@@ -71,6 +71,7 @@ def export_folder(
         raise ValueError(f"export: parts are {parts!r}, expected one of {', '.join(PARTS)}")
     target = target_of(out, overwrite, found(student))
     source = Source.read(student, base=base, pipeline=pipeline)
+    source.check_steps()
     model, pipeline = source.model, source.pipeline
     source.guard(target)
     index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))

@@ -91,6 +91,7 @@ def export_program(
         )
     target = target_of(out, overwrite, found(student))
     source = Source.read(student, base=base, pipeline=pipeline)
+    source.check_steps()
     source.guard(target)
     check_space(target.parent, 3 * source.parameters * dtype.itemsize)  # its pieces lie there while it is put together
     with new_folder(target) as new, torch.no_grad():
@@ -158,6 +159,7 @@ def export_onnx(
         raise ValueError(f"export: {', '.join(absent)} are not installed:  pip install 'twostep[onnx]'")
     target = target_of(out, overwrite, found(student))
     source = Source.read(student, base=base, pipeline=pipeline)
+    source.check_steps()
     source.guard(target)
     check_space(target.parent, source.parameters * torch.float32.itemsize)
     model = _fused(source, torch.float32, "cpu")

@@ -56,12 +56,6 @@ class Source:
         """
         begun, folder = time.monotonic(), found(student)
         facts = student_facts(folder)
-        if "sampler" in facts:
-            where = f"the adapters in {folder}" if "base" in facts else f"the transformer in {folder}"
-            raise ValueError(
-                f"export: {student} is no student but a base that flow matching has trained, and takes as many steps "
-                f"as one likes; {where} is in stock form: put it into its pipeline ({facts['pipeline']}) as it is"
-            )
         facts["pipeline"] = facts.get("teacher", facts["pipeline"])  # an export's own may have code of its own
         base, pipeline = _resolved(base), _resolved(pipeline)
         if base is not None and "base" not in facts and not extracting:
@@ -72,6 +66,15 @@ class Source:
         source = cls(folder, facts, model, base, pipeline, begun)
         source.seconds["reading"] = round(time.monotonic() - begun, 1)
         return source
+
+    def check_steps(self) -> None:
+        """Of a form that holds steps: a base that flow matching has trained has none of its own."""
+        if "sampler" in self.facts:
+            raise ValueError(
+                f"export: {self.folder} is no student but a base that flow matching has trained, which takes as many "
+                f"steps as one likes, and this form holds a student's steps; its weights go out as a single file, or "
+                f"as a LoRA"
+            )
 
     def in_dtype(self, dtype: torch.dtype) -> Student:
         """The student as it computes in this dtype: what an export in it may be off."""

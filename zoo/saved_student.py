@@ -39,13 +39,12 @@ def student_facts(folder: Path) -> dict[str, Any]:
     kinds: dict[str, type | tuple[type, ...]] = {"sigmas": list, "steps": list, "pipeline": str}
     if isinstance(facts, dict) and "base" in facts:
         kinds |= {"base": list, "rank": int, "alpha": (int, float)}
-    if isinstance(facts, dict) and "sampler" in facts:  # a base, which takes as many steps as one likes
-        kinds["sampler"] = dict
-        sampler = facts["sampler"] if isinstance(facts["sampler"], dict) else {}
-        if not isinstance(sampler.get("steps"), int) or not isinstance(sampler.get("guidance"), (int, float)):
-            facts = {**facts, "sampler": None}
     said = facts if isinstance(facts, dict) else {}
     wrong = sorted(name for name, kind in kinds.items() if not isinstance(said.get(name), kind))
+    if "sampler" in said:  # a base, which takes as many steps as one likes
+        sampler = said["sampler"] if isinstance(said["sampler"], dict) else {}
+        numbers: dict[str, type | tuple[type, ...]] = {"steps": int, "guidance": (int, float)}
+        wrong += [f"sampler.{name}" for name, kind in numbers.items() if not isinstance(sampler.get(name), kind)]
     if wrong:
         raise ValueError(f"load_student: {folder / FACTS} does not say {', '.join(wrong)}; was it written by a run?")
     if facts["pipeline"] == HERE:

@@ -12,7 +12,7 @@ from diffusers import ZImageTransformer2DModel
 
 from tests.train import tiny_runs
 from tests.train.run_server import Server
-from twostep.export.source import Source
+from twostep.export import export_folder, export_single_file
 from twostep.train.data import noise_generator
 from twostep.zoo import Student, Teacher, TwoStepStudent, load_backbone, load_student, load_text_to_image
 
@@ -159,7 +159,8 @@ def test_a_base_takes_the_steps_of_its_runs_samples_or_those_that_are_given(
         teacher = Teacher(base, steps=steps, guidance=guidance, negative=model.contexts([""]))
         assert relative_error(model.latents(noise, context), teacher.sample(noise, context)) < 1e-6
     with pytest.raises(ValueError, match="is no student but a base that flow matching has trained"):
-        Source.read(tmp_path)
+        export_folder(tmp_path, tmp_path / "out")
+    assert export_single_file(tmp_path, tmp_path / "file").folder.is_dir()  # of weights alone
 
 
 def test_wrong_folders_are_explained(runs: dict[str, Path], place: tiny_runs.Place, tmp_path: Path) -> None:
