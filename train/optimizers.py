@@ -73,23 +73,24 @@ class Optimizer:
     def _entries(self) -> list[tuple[str, Any]]:
         found = []
         for name, parameter in self.parameters.items():
-            for entry, value in self._state(parameter).items():
-                if (
-                    isinstance(value, Tensor)
-                    and hasattr(value, "__tensor_flatten__")
-                    and not isinstance(value, DTensor)
-                ):
-                    inner, _ = value.__tensor_flatten__()  # torchao's 8-bit states: codes and scales
-                    found += [(f"{name}/{entry}.{part}", getattr(value, part)) for part in inner]
+            optimizer, state = self._holder(parameter)
+            for entry, value in state.items():
+                if hasattr(optimizer, "stored") and isinstance(value, Tensor) and value.dim():
+                    parts = optimizer.stored(parameter, value)  # moments in 8 bits: codes and scales
+                    found += [(f"{name}/{entry}{part}", held) for part, held in parts.items()]
                 else:
                     found.append((f"{name}/{entry}", value))
         return found
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return self._holder(parameter)[1]
+
+    def _holder(self, parameter: nn.Parameter) -> tuple[Any, dict[str, Any]]:
+        """Which of the optimizers remembers something of a parameter, and what."""
         for optimizer, _ in self.parts:
             if parameter in optimizer.state:
-                return optimizer.state[parameter]
-        return {}
+                return optimizer, optimizer.state[parameter]
+        return None, {}
 
     def _make_room(self, names: Sequence[str]) -> None:
         """A step without gradient and rate: every state exists afterwards, in whatever form the optimizer likes it."""
@@ -130,10 +131,6 @@ def _make(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> li
     if config.kind == "adamw":
         return [(_adamw(list(parameters.values()), config), config.lr)]
     if config.kind == "adamw8bit":
-        if any(isinstance(p, DTensor) for p in parameters.values()):
-            raise ValueError(
-                "optimizers: kind 'adamw8bit' takes whole parameters, and these are in shards: 'adamw' or 'muon'"
-            )
         return [(_adamw8bit(list(parameters.values()), config), config.lr)]
     hidden = {name: p for name, p in parameters.items() if _is_hidden(name, p)}
     others = [p for name, p in parameters.items() if name not in hidden]
@@ -166,16 +163,23 @@ def _adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch
 
 
 def _adamw8bit(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """torchao's where it is installed, else bitsandbytes'."""
+    """torchao's where it is installed, else bitsandbytes', which knows no shards."""
     settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     try:
-        from torchao.optim import AdamW8bit
+        from .adamw8bit import AdamW8bit as Torchaos
     except ImportError:
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise ValueError(
-                "optimizers: kind 'adamw8bit' needs torchao or bitsandbytes, and neither is installed: "
-                "pip install torchao"
-            ) from None
-    return AdamW8bit(parameters, **settings)
+        pass
+    else:
+        return Torchaos(parameters, **settings)
+    try:
+        from bitsandbytes.optim import AdamW8bit as Bitsandbytes
+    except ImportError:
+        raise ValueError(
+            "optimizers: kind 'adamw8bit' needs torchao or bitsandbytes, and neither is installed: pip install torchao"
+        ) from None
+    if any(isinstance(p, DTensor) for p in parameters):
+        raise ValueError(
+            "optimizers: kind 'adamw8bit' on parameters in shards needs torchao, and only bitsandbytes is installed: "
+            "pip install torchao"
+        )
+    return Bitsandbytes(parameters, **settings)

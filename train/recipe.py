@@ -198,7 +198,7 @@ DataConfig = PromptsData | ImagesData | ShapesData
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    kind: Literal["adamw", "adamw8bit", "muon"] = told("adamw", "adamw8bit needs torchao or bitsandbytes")
+    kind: Literal["adamw", "adamw8bit", "muon"] = told("adamw", "adamw8bit needs torchao, or bitsandbytes (no shards)")
     lr: float = told(1e-5, "learning rate")
     betas: tuple[float, float] = told((0.0, 0.9), "of the moments (Turbo++'s)")
     eps: float = told(1e-8, "of the denominator")

@@ -269,8 +269,10 @@ def state_bytes(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, int]]:
             count = local(parameter).numel()
             if isinstance(part, torch.optim.Muon):
                 size = count * parameter.element_size()  # a momentum
+            elif hasattr(part, "bytes_of"):
+                size = part.bytes_of(parameter)
             elif isinstance(part, torch.optim.AdamW) or count < 16 * BLOCK or count % BLOCK:
                 size = 2 * count * parameter.element_size()  # two moments
             else:
-                size = 2 * (count + 4 * count // BLOCK)  # two moments in 8 bits, and their scales
+                size = 2 * (count + 4 * count // BLOCK)  # bitsandbytes: two moments in 8 bits, and their scales
             yield parameter, size

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -34,6 +36,7 @@ from twostep.zoo.miniature.architecture import build
 from twostep.zoo.miniature.model import _assemble
 
 from . import tiny_pipelines, tiny_runs
+from .test_optimizers import needs
 from .tiny_runs import Place, make_place
 
 CAPTION = 32  # of the tiny captions, filled up as Z-Image does
@@ -149,15 +152,24 @@ def test_ranks_that_cannot_be(place: Place, tmp_path: Path, monkeypatch: pytest.
 def test_an_optimizer_that_cannot_be(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer's own checks of optimizers run too."""
     monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("torchao", "torchao.optim", "twostep.train.adamw8bit", "bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
     changes = {"optimizers": {"generator": {"kind": "adamw8bit"}}, "parallel": {"kind": "fsdp"}}
-    with pytest.raises(ValueError, match="kind 'adamw8bit' takes whole parameters"):
+    with pytest.raises(ValueError, match="needs torchao or bitsandbytes, and neither is installed"):
+        describe_run(read(place, tmp_path, "flow_matching", **changes))
+    other = ModuleType("bitsandbytes.optim")
+    other.AdamW8bit = torch.optim.AdamW  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", other)
+    with pytest.raises(ValueError, match="parameters in shards needs torchao, and only bitsandbytes is installed"):
         describe_run(read(place, tmp_path, "flow_matching", **changes))
 
 
-def test_muon_in_shards(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["muon", "adamw8bit"])
+def test_optimizers_in_shards(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    needs(kind)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    changes = {"optimizers": {"generator": {"kind": "muon"}}, "parallel": {"kind": "fsdp"}}
-    assert "muon" in describe_run(read(place, tmp_path, "flow_matching", **changes))
+    changes = {"optimizers": {"generator": {"kind": kind}}, "parallel": {"kind": "fsdp"}}
+    assert kind in describe_run(read(place, tmp_path, "flow_matching", **changes))
 
 
 # Memory
@@ -263,10 +275,11 @@ def test_earlier_batches_of_an_update_leave_gradients(place: Place, tmp_path: Pa
     assert two.held == one.held and two.peaks["generator"] > one.peaks["generator"]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "muon", "adamw8bit"])
 def test_states_are_as_large_as_the_optimizer_makes_them(kind: Any) -> None:
+    needs(kind)
     parameters = {
-        "student.layers.0.attention.weight": torch.nn.Parameter(torch.randn(64, 48)),
+        "student.layers.0.attention.weight": torch.nn.Parameter(torch.randn(64, 96)),
         "student.layers.0.norm.weight": torch.nn.Parameter(torch.randn(48)),
     }
     optimizer = Optimizer(parameters, OptimizerConfig(kind=kind), 10)

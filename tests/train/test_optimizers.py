@@ -167,7 +167,7 @@ def test_the_rate_is_what_a_step_takes() -> None:
 
 
 def test_without_an_8_bit_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("torchao", "torchao.optim", "bitsandbytes", "bitsandbytes.optim"):
+    for name in ("torchao", "torchao.optim", "twostep.train.adamw8bit", "bitsandbytes", "bitsandbytes.optim"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match="pip install torchao"):
         Optimizer(network(), OptimizerConfig(kind="adamw8bit"), total=1)

@@ -15,6 +15,7 @@ from twostep.train.journal import read_metrics
 
 from . import tiny_runs
 from .run_server import Server
+from .test_optimizers import needs
 from .test_resume import contents
 
 CASES = [(method, weights) for method in tiny_runs.METHODS for weights in tiny_runs.WEIGHTS]
@@ -147,6 +148,72 @@ def test_muon_in_shards_is_muon(server: Server, ranks: int, replicas: int) -> No
     assert statuses == [0] * ranks, printed
 
 
+def adamw8bit_in_shards(recipe: dict[str, Any]) -> int:
+    """Moments in 8 bits of parameters that are divided among ranks, against whole ones: rows of one block, of several,
+    of small blocks and of none, fewer rows than ranks, and a vector."""
+    from torch import nn
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    from twostep.train.optimizers import Optimizer
+    from twostep.train.ranks import join
+    from twostep.train.recipe import OptimizerConfig
+
+    shapes = {
+        "one": (21, 256),
+        "several": (7, 768),
+        "small": (70, 96),
+        "none": (70, 99),
+        "few": (2, 2560),
+        "v": (5000,),
+    }
+    with join(device="cpu", timeout=60, sharded=True, replicas=recipe["replicas"]) as ranks:
+        mesh = ranks.mesh
+        assert mesh is not None
+        placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+
+        def divided(tensor: torch.Tensor) -> DTensor:
+            return distribute_tensor(tensor, mesh, placements)
+
+        def joined(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+        generator = torch.Generator().manual_seed(6)
+        whole = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+        parts = {name: nn.Parameter(divided(parameter.detach().clone())) for name, parameter in whole.items()}
+        config = OptimizerConfig(kind="adamw8bit", lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+        one, other = Optimizer(whole, config, 10), Optimizer(parts, config, 10)
+        for _ in range(3):
+            for name, parameter in whole.items():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+                parts[name].grad = divided(parameter.grad.clone())
+            one.step()
+            other.step()
+        expected, found = one.tensors(), other.tensors()
+        assert expected.keys() == found.keys()
+        in_blocks = {key.split("/")[0] for key in expected if key.endswith(".codes")}
+        assert in_blocks == {"one", "several", "small", "few"}
+        for key, value in expected.items():
+            assert torch.equal(joined(found[key]), value), key
+        for name, parameter in parts.items():
+            assert torch.equal(parameter.detach().full_tensor(), whole[name].detach()), name
+
+        numbers, kept = other.numbers(), {key: value.clone() for key, value in found.items()}
+        room = other.prepare(numbers)  # anew: every tensor is there again, to be filled in place
+        for key, value in room.items():
+            value.copy_(kept[key])
+        for key, value in other.tensors().items():
+            assert torch.equal(joined(value), expected[key]), key
+    return 0
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(3, 1), (4, 2)])
+def test_moments_in_8_bits_are_the_same_bits_in_shards(server: Server, ranks: int, replicas: int) -> None:
+    needs("adamw8bit")
+    call = "tests.train.test_ranks:adamw8bit_in_shards"
+    statuses, printed = server.run({"replicas": replicas}, ranks=ranks, call=call)
+    assert statuses == [0] * ranks, printed
+
+
 def test_muon_in_shards_reaches_the_losses_of_whole_networks(
     server: Server, places: dict[str, tiny_runs.Place], tmp_path: Path
 ) -> None:
@@ -161,11 +228,14 @@ def test_muon_in_shards_reaches_the_losses_of_whole_networks(
     assert len(found["ddp"]) == 4 and found["fsdp"] == pytest.approx(found["ddp"], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize(("weights", "optimizer"), [("full", "adamw"), ("lora", "adamw"), ("full", "muon")])
+MOVES = [(("fsdp", 2), ("ddp", 1)), (("ddp", 1), ("fsdp", 2)), (("fsdp", 2), ("fsdp", 3)), (("ddp", 2), ("ddp", 1))]
+KEPT = [("full", "adamw"), ("lora", "adamw"), ("full", "muon")]
+
+
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [(("fsdp", 2), ("ddp", 1)), (("ddp", 1), ("fsdp", 2)), (("fsdp", 2), ("fsdp", 3)), (("ddp", 2), ("ddp", 1))],
-    ids=lambda side: f"{side[1]} {side[0]}",
+    ("weights", "optimizer", "before", "after"),
+    [(*kept, *move) for move in MOVES for kept in KEPT] + [("full", "adamw8bit", *MOVES[0])],
+    ids=lambda value: value if isinstance(value, str) else f"{value[1]} {value[0]}",
 )
 def test_a_run_goes_on_with_another_number_of_ranks(
     server: Server,
@@ -177,6 +247,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     after: tuple[str, int],
 ) -> None:
     """Nothing of the state is changed on the way: what is saved again at once is what was there."""
+    needs(optimizer)
     place = places["z-image"]
 
     def run(side: tuple[str, int], iterations: int) -> None:
