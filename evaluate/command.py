@@ -138,11 +138,12 @@ def study(subjects: list[Subject], settings: Settings, **facts: Any) -> Report:
     """
     import torch
 
+    from ..arguments import usable_device
     from .report import Report
     from .study import measure, variety_order
     from .subjects import Order
 
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(usable_device(settings.device, "--device"))
     dtype = getattr(torch, settings.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     captions = _captions(settings)
     order = Order(tuple(captions), tuple(range(len(captions))), settings.size, settings.batch)

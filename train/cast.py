@@ -28,9 +28,9 @@ from ..zoo import (
     load_backbone,
 )
 from ..zoo.sampling import sigma_grid
-from .data import noise_generator
+from .data import TeacherCache, noise_generator
 from .methods import Cast, Guidance, method_class
-from .recipe import DiscriminatorRole, FakeScoreRole, GuidanceConfig, RealScoreRole, Recipe, StudentRole
+from .recipe import DiscriminatorRole, FakeScoreRole, GuidanceConfig, PromptsData, RealScoreRole, Recipe, StudentRole
 from .sharding import shard
 from .source_identity import source_identity
 
@@ -100,6 +100,13 @@ class Casting:
         shift = self.networks()[0].default_shift(*size, role.steps) if role.shift is None else role.shift
         return sigma_grid(role.steps, shift)
 
+    def anchor_sigma(self) -> float:
+        """Where the teacher's anchors must stand: at the end of the student's first step."""
+        data = self.recipe.data
+        assert isinstance(data, PromptsData) and data.teacher is not None  # the recipe's own checks
+        _, height, width = TeacherCache(data.teacher).shape
+        return self.sigmas((height, width))[1]
+
     def _student(self, networks: list[Backbone], size: tuple[int, int]) -> Student:
         sigmas = self.sigmas(size)
         if len(networks) == 2:
@@ -120,7 +127,6 @@ class Casting:
         real_source = self._source(real.source, real.subfolder)
         teacher = Teacher(
             self._frozen_network(real_source),
-            steps=real.steps,
             shift=real.shift,
             guidance=settings.scale,
             negative=empty,

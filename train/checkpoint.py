@@ -111,7 +111,10 @@ class Store:
         if self.keep_best is None:
             raise ValueError('Store: best() needs keep_best=(metric, "min" or "max")')
         name, direction = self.keep_best
-        rated = [saved for saved in self.all() if not math.isnan(saved.metrics.get(name, math.nan))]
+        there = self.all()
+        # Of later steps than the last one saved: they were gone back over.
+        valid = [saved for saved in there if saved.step <= there[-1].step]
+        rated = [saved for saved in valid if not math.isnan(saved.metrics.get(name, math.nan))]
         sign = 1 if direction == "max" else -1
         return max(reversed(rated), key=lambda saved: sign * saved.metrics[name], default=None)
 

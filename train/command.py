@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RECIPES = Path(__file__).parent / "recipes"
-FAULT, FAILED = 2, 1  # exit statuses: what was asked for is wrong; the run could not go on
+FAULT, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses: what was asked for is wrong; the run could not go on; Ctrl-C
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +51,9 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, CheckpointError) as error:
         print(f"twostep train: {error}", file=sys.stderr)
         return FAULT
+    except KeyboardInterrupt:
+        print("twostep train: interrupted; the same command goes on where the run was saved last", file=sys.stderr)
+        return INTERRUPTED
     except OSError as error:
         print(f"twostep train: {system_fault(error, None if recipe is None else recipe.out)}", file=sys.stderr)
         return FAILED

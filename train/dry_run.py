@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..zoo.miniature.tokenizer import MAX_CAPTION_TOKENS
 from ..zoo.plan import backbone_like, caption_room
 from ..zoo.saved_student import MINIATURE
-from .cast import DTYPES
+from .cast import DTYPES, Casting
 from .feed import make_feed
 from .methods import method_class
 from .parts import Parts
@@ -34,10 +34,12 @@ def describe_run(recipe: Recipe) -> str:
         device="cpu",
         cache=recipe.data.contexts if isinstance(recipe.data, PromptsData) else None,
     )
-    student = recipe.roles.student
+    student, wants = recipe.roles.student, method_class(recipe.method).wants(recipe.method)
     source = parts.path if student.source is None else student.source
     with FakeTensorMode():
         network = backbone_like(source, dtype=torch.bfloat16, subfolder=student.subfolder)
+        casting = Casting(recipe, parts.path, torch.device("cpu"), load=backbone_like)
+        anchors_at = casting.anchor_sigma() if "anchor" in wants else None
     feed = make_feed(
         recipe.data,
         parts,
@@ -45,10 +47,11 @@ def describe_run(recipe: Recipe) -> str:
         seed=recipe.seed,
         rank=0,
         world_size=world_size,
-        wants=method_class(recipe.method).wants(recipe.method),
+        wants=wants,
         latent_channels=network.channels,
         latent_factor=network.latent_factor,
         device="cpu",
+        anchor_sigma=anchors_at,
     )
     try:
         shape = _square(recipe, parts, network.latent_factor) if feed.shape is None else feed.shape

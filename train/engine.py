@@ -23,7 +23,7 @@ from .average import Average
 from .cast import DTYPES, Casting
 from .checkpoint import Store
 from .configuration import dump, environment, resolved
-from .data import NoiseStreams, TeacherCache
+from .data import NoiseStreams
 from .data.noise import seed_everybody
 from .durable_folder import recover, remove, sole
 from .feed import make_feed
@@ -34,7 +34,7 @@ from .optimizers import Optimizer
 from .parts import Parts
 from .profile import Profile
 from .ranks import PATIENCE, Ranks
-from .recipe import PromptsData, Recipe
+from .recipe import DiscriminatorRole, FakeScoreRole, PromptsData, RealScoreRole, Recipe
 from .result import write_student, written_at
 from .run_state import Progress, RunState
 from .sharding import check_alike
@@ -119,7 +119,7 @@ class Run:
                 latent_channels=first.channels,
                 latent_factor=first.latent_factor,
                 device=ranks.device,
-                anchor_sigma=_anchor_sigma(recipe, casting) if "anchor" in wants else None,
+                anchor_sigma=casting.anchor_sigma() if "anchor" in wants else None,
             )
             size = feed.shape[1:] if feed.shape is not None else parts.latent_size
             cast = casting.roles(size, parts.empty.to(ranks.device))
@@ -433,20 +433,20 @@ def signature(recipe: Recipe, data: Mapping[str, Any], sources: Mapping[str, str
     """What a checkpoint belongs to: all that decides what its tensors mean, and nothing that may change at a resume
     (how long, how often, how many ranks, learning rates, where files lie)."""
     plain = resolved(recipe)
+    usual = {"real_score": RealScoreRole(), "fake_score": FakeScoreRole(), "discriminator": DiscriminatorRole()}
+    for name, role in usual.items():
+        if plain["roles"][name] == resolved(role):
+            plain["roles"][name] = None  # defaults, spelled out
     for role in plain["roles"].values():
         if role is not None:
             role.pop("source")  # what lies there counts, which `sources` says
-    optimizers = {kind: settings["kind"] for kind, settings in plain["optimizers"].items() if settings is not None}
+    optimizers = {"generator": recipe.optimizers.generator.kind}
+    guidance = recipe.optimizers.guidance
+    if guidance is not None and guidance.kind != recipe.optimizers.generator.kind:
+        optimizers["guidance"] = guidance.kind
     kept = {name: plain[name] for name in ("method", "roles", "guidance", "seed", "ema")}
     facts = {"optimizers": optimizers, "dtype": recipe.compute.dtype, "data": dict(data), "sources": dict(sources)}
     return {**kept, **facts}
-
-
-def _anchor_sigma(recipe: Recipe, casting: Casting) -> float:
-    """Where the teacher's anchors must stand: at the end of the student's first step."""
-    assert isinstance(recipe.data, PromptsData) and recipe.data.teacher is not None  # the recipe's own checks
-    _, *size = TeacherCache(recipe.data.teacher).shape
-    return casting.sigmas((size[0], size[1]))[1]
 
 
 def _optimizers(recipe: Recipe, method: Method, modules: Mapping[str, torch.nn.Module]) -> dict[str, Optimizer]:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from ..arguments import usable_device
 from .watchdog import Watchdog
 
 PATIENCE = 6.0  # times the time-out, for what takes long by nature: loading, saving, sampling, the first update
@@ -78,7 +79,7 @@ class Ranks:
 def join(*, device: str | None, timeout: float, sharded: bool, replicas: int = 1) -> Iterator[Ranks]:
     """This process's place among the ranks, its device, and the mesh of shards if there are to be any."""
     rank, world_size, local = (_number(name, default) for name, default in _VARIABLES)
-    where = _device(device, local)
+    where = usable_device(device, "compute.device", local)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     store = None
@@ -116,22 +117,6 @@ def _number(name: str, default: int) -> int:
     if not text.isdecimal():
         raise ValueError(f"the environment's {name} is {text!r}, expected a whole number; torchrun sets it")
     return int(text)
-
-
-def _device(wanted: str | None, local: int) -> torch.device:
-    if wanted is None:
-        return torch.device(f"cuda:{local}") if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise ValueError(f"compute.device is {wanted!r}, expected cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(
-                f"compute.device is {wanted!r}, and torch {torch.__version__} sees no GPU; `twostep doctor`"
-            )
-        return torch.device(f"cuda:{local}") if device.index is None else device
-    return device
 
 
 def _mesh(device: torch.device, world_size: int, replicas: int) -> DeviceMesh:

@@ -73,12 +73,9 @@ def _check_shift(shift: float | None) -> Iterable[str]:
 class RealScoreRole:
     source: str | None = told(None, "a multi-step base that answers to guidance; null: the model's own weights")
     subfolder: str = told("transformer", "of the source")
-    steps: int = told(8, "of its own sampler, where a method runs it (DP-DMD's anchors)")
-    shift: float | None = told(None, "of that sampler's grid; null: what the model's pipeline uses")
+    shift: float | None = told(None, "of the grid on which DP-DMD runs it; null: what the model's pipeline uses")
 
     def check(self) -> Iterable[str]:
-        if self.steps < 1:
-            yield f"steps is {self.steps}, expected at least 1"
         yield from _check_shift(self.shift)
 
 
@@ -226,6 +223,7 @@ class OptimizerConfig:
         if self.muon_lr <= 0 or not 0 <= self.muon_momentum < 1:
             yield f"muon_lr is {self.muon_lr} and muon_momentum {self.muon_momentum}, expected above 0, and 0 up to 1"
         yield from _idle(self, ("muon_lr", "muon_momentum"), self.kind != "muon", f"kind is '{self.kind}'")
+        yield from _idle(self, ("last",), self.decay == "none", "decay is 'none'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,6 +408,8 @@ class Recipe:
             yield from _idle(self.guidance, ("loss", "r1_noise"), not adversarial, reason, "guidance.")
             weights = ("generator_gan", "discriminator", "r1")
             yield from _idle(self.guidance.weights, weights, not adversarial, reason, "guidance.weights.")
+            decoupled = f"{kind} has method.dm_weight and its own step size"
+            yield from _idle(self.guidance.weights, ("dmd",), kind == "decoupled_dmd", decoupled, "guidance.weights.")
         for name in ("student", "fake_score"):
             role = getattr(self.roles, name)
             full = role is not None and (role.weights or student.weights) == "full"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..zoo import AdapterView, Backbone, Context
 from ..zoo.encoders import klein_reference_context
-from ..zoo.plan import backbone_like
+from ..zoo.plan import backbone_like, context_room
 from ..zoo.plan_scale import Cluster, RankCount, Work, counted, ranks_without_processes
 from .average import Average
 from .cast import DTYPES, Casting
@@ -149,7 +149,8 @@ def batch_without_data(recipe: Recipe, cast: Cast, shape: tuple[int, int, int], 
             target = klein_reference_context(context, torch.randn(whole))
         else:
             pixels = recipe.data.vision_pixels if isinstance(recipe.data, ImagesData) else VISION_PATCH**2
-            target = Context(torch.randn(rows, caption + pixels // VISION_PATCH**2, network.context_width))
+            tokens = context_room(network.model.config, caption + pixels // VISION_PATCH**2)  # more is an error then
+            target = Context(torch.randn(rows, tokens, network.context_width))
     kept = None if keep is None else Context(torch.randn(recipe.batch - rows, caption, network.context_width))
     return TrainingBatch(context, whole, drawn("latents"), drawn("anchor"), drawn("anchor"), target, kept)
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import errno
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what a write says without a name
 
@@ -19,6 +23,26 @@ def add_interval(parser: argparse.ArgumentParser, what: str, says: str) -> None:
         metavar=("LEAST", "GREATEST"),
         help=f"{says} (default: 0 1, all)",
     )
+
+
+def usable_device(wanted: str | None, name: str, local: int = 0) -> torch.device:
+    """The device of this name, which must be there; None: this process's GPU where there are any, else the CPU."""
+    import torch
+
+    if wanted is None:
+        return torch.device(f"cuda:{local}") if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"{name} is {wanted!r}, expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ValueError(f"{name} is {wanted!r}, and torch {torch.__version__} sees no GPU; `twostep doctor`")
+        device = torch.device(f"cuda:{local}") if device.index is None else device
+        if device.index >= count:
+            raise ValueError(f"{name} is {wanted!r}, and there are {count} GPUs, from cuda:0 on")
+    return device
 
 
 def system_fault(error: OSError, folder: Path | None) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_interval
+from .arguments import add_interval, usable_device
 
 FAULT, INTERRUPTED = 2, 130
 STEPS = 8  # of a pipeline
@@ -94,8 +94,8 @@ def _run(args: argparse.Namespace) -> int:
     ]
     if not 0 <= args.seed <= LARGEST_SEED - args.count:
         raise ValueError(f"--seed is {args.seed}, expected a number from 0 to {LARGEST_SEED - args.count}")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    device = usable_device(args.device, "--device")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     steps = STEPS if args.steps is None and student_folder(args.model) is None else args.steps
     student = student_folder(args.model)
     sampler = {} if student is None else student_facts(student).get("sampler", {})

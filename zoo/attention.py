@@ -80,8 +80,10 @@ def _plain_is_faster(query: Tensor, key: Tensor, processor: Any) -> bool:
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """In float32: the scores' gradients are differences, of which rounding to bfloat16 in between leaves little."""
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # [B, H, L, L]
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return (scores.softmax(-1) @ value).transpose(1, 2)
+    with torch.autocast("cpu", enabled=False):
+        scores = (query.float() * query.shape[-1] ** -0.5) @ key.float().transpose(-1, -2)  # [B, H, L, L]
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return (scores.softmax(-1) @ value.float()).to(value.dtype).transpose(1, 2)

@@ -247,10 +247,15 @@ def count_parameters(roles: Roles, result: Plan) -> None:
 
 
 def caption_room(config: Mapping[str, Any]) -> int:
-    """Tokens of a caption: 512, to which the pipelines of both families cut one, or what a model has positions for
-    (Z-Image: behind the caption stand one position and the image's frame)."""
+    """Tokens of a caption: 512, to which the pipelines of both families cut one, or what a model has positions for."""
+    return min(512, context_room(config, 512))
+
+
+def context_room(config: Mapping[str, Any], tokens: int) -> int:
+    """So many tokens of a context, or what a model has positions for (Z-Image: behind them stand one position and the
+    image's frame)."""
     positions = config.get("axes_lens")
-    return 512 if positions is None else min(512, (positions[0] - 2) // 32 * 32)
+    return tokens if positions is None else min(tokens, (positions[0] - 2) // 32 * 32)
 
 
 def check_arrangement(setting: Setting) -> None:

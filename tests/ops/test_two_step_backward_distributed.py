@@ -109,6 +109,14 @@ def test_fsdp_and_functions_as_steps_need_the_modules(findings: Findings) -> Non
     assert "pass modules=(module of first, module of second)" in findings["functions"]
 
 
+@pytest.mark.parametrize("mode", ["retain", "recompute"])
+def test_what_fsdp_holds_back_is_reduced_or_dropped(findings: Findings, mode: str) -> None:
+    """A trunk and a head for each step: three reductions, in whichever backward, and the gradient of plain."""
+    assert findings["heads plain"] == [0.0, 3]
+    assert findings[f"heads {mode}"] == [0.0, 3]
+    assert findings[f"heads {mode} after an error"] == 0.0
+
+
 def test_a_caller_that_accumulates_without_synchronisation_keeps_its_setting(findings: Findings) -> None:
     assert findings["sync stays off"]
     assert findings["accumulated without sync"] <= 1e-7

@@ -52,6 +52,21 @@ class Adapted(nn.Module):
         return self.base(x) + self.adapters[step](x)
 
 
+class Heads(nn.Module):
+    """A trunk that both steps use, and a head for each: methods of one module, which does not tell who uses what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.trunk, self.heads = nn.Linear(WIDTH, WIDTH), nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.heads[0](self.trunk(x).tanh())
+
+    def second(self, z: Tensor) -> Tensor:
+        return self.heads[1](self.trunk(z).tanh())
+
+
 def whole(t: Tensor | None) -> Tensor | None:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
@@ -211,6 +226,41 @@ class Findings:
             ops.two_step_backward(*arguments, modules=(net, net), sync="each")
         self.found["accumulated without sync"] = distance(accumulated, gradients([net]))
 
+    def fsdp_holds_back(self) -> None:
+        """sync="last": what step 2 alone uses is reduced too, and what an error leaves is not in the next gradient."""
+        noise = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(self.rank))
+        net = Heads()
+        for part in (net.trunk, *net.heads):
+            fully_shard(part)
+        results = {}
+        for mode, sync in (("plain", None), ("retain", "last"), ("recompute", "last")):
+            arguments = (net.first, net.second, noise, SIGMAS, first_loss)
+            for _ in range(2):
+                with Collectives() as comms:
+                    ops.two_step_backward(*arguments, final_loss, mode=mode, sync=sync)  # type: ignore[arg-type]
+            results[mode] = gradients([net])
+            self.found[f"heads {mode}"] = (
+                distance(results[mode], results["plain"]),
+                comms.counts["_reduce_scatter_base_"],
+            )
+            try:
+                ops.two_step_backward(
+                    *arguments[:-1],
+                    lambda x: first_loss(x) * float("nan"),
+                    final_loss,
+                    mode=mode,  # type: ignore[arg-type]
+                    sync=sync,  # type: ignore[arg-type]
+                    check_finite=True,
+                )
+                self.found[f"heads {mode} after an error"] = "no error"
+            except FloatingPointError:
+                net.zero_grad()
+                for part in (net.trunk, *net.heads):
+                    part.reset_iter_state()  # type: ignore[attr-defined]
+                for _ in range(2):
+                    ops.two_step_backward(*arguments, final_loss, mode=mode, sync=sync)  # type: ignore[arg-type]
+                self.found[f"heads {mode} after an error"] = distance(gradients([net]), results["plain"])
+
     def ddp_that_accumulates(self) -> None:
         """no_sync of the caller's own around the first of two calls."""
         net = ddp(Net(1, torch.float64))
@@ -285,6 +335,7 @@ def main() -> None:
         findings.compare(kind, checkpointed=True)
         findings.options(kind)
     findings.functions_need_modules()
+    findings.fsdp_holds_back()
     findings.ddp_that_accumulates()
     findings.static_graph()
     findings.unused_parameters()

@@ -91,6 +91,14 @@ def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     assert Store(tmp_path, keep_best=("other", "max")).best() is None
 
 
+def test_the_best_is_none_that_was_gone_back_over(tmp_path: Path) -> None:
+    store = Store(tmp_path, keep_last=1, keep_best=("fid", "min"))
+    for step, fid in ((2, 5.0), (6, 1.0), (3, 4.0)):  # from 2 once more, by another way
+        save(store, step, metrics={"fid": fid})
+    best = store.best()
+    assert best is not None and best.step == 3 and steps(store) == [3]
+
+
 def test_after_a_return_to_an_earlier_step_the_last_save_is_the_latest(tmp_path: Path) -> None:
     store = Store(tmp_path, keep_last=2)
     for step in (100, 200, 300, 150):

@@ -166,6 +166,7 @@ def test_mistakes_are_one_line(
         "--size is 30x48, expected multiples of 8": ["--size", "30x48"],
         "does not exist; give a .txt": ["--prompts", str(tmp_path / "no.txt")],
         "no diffusers pipeline with vae/": ["--model", str(tmp_path)],
+        "--device is 'foo', expected cpu, cuda or cuda:N": ["--device", "foo"],
     }
     for message, more in wrong.items():
         assert cli.main(arguments(model, prompts, out, *more)) == 2

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from twostep.train.data import ImageBatches, ImageFolder, Prefetch, bucket_sizes
-from twostep.train.data.images import fit, nearest_bucket
+from twostep.train.data.images import centre, fit, nearest_bucket
 
 SMALL = {"area": 64 * 64, "factor": 16}
 
@@ -81,6 +82,24 @@ def test_the_centre_is_cut_and_nothing_is_stretched() -> None:
     assert float((half[1, inside] - 40 - centres[inside, None]).abs().max()) <= 0.6
 
 
+@settings(max_examples=300, deadline=None)
+@given(size=st.tuples(st.integers(1, 9000), st.integers(1, 9000)), number=st.integers(0, 10**6))
+def test_the_cut_lies_inside_the_image_and_has_the_buckets_shape(size: tuple[int, int], number: int) -> None:
+    sizes = bucket_sizes(1024 * 1024, 16)
+    height, width = sizes[number % len(sizes)]
+    left, top, right, bottom = centre(size, (width, height))
+    assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+    assert (right - left) / (bottom - top) == pytest.approx(width / height)
+    assert left == pytest.approx(size[0] - right, abs=1e-9) and top == pytest.approx(size[1] - bottom, abs=1e-9)
+
+
+@pytest.mark.parametrize("size", [(6000, 4000), (4000, 6000), (1500, 1000)])
+def test_photographs_whose_cut_rounds_beyond_their_edge_can_be_read(size: tuple[int, int]) -> None:
+    sizes = bucket_sizes(1024 * 1024, 16)
+    bucket = sizes[nearest_bucket(size[1], size[0], sizes)]
+    assert fit(Image.new("RGB", size), *bucket).shape[1:] == bucket
+
+
 def test_resampling_is_pillows_lanczos() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8))
     expected = np.asarray(noise.crop((0, 16, 64, 80)).resize((32, 32), Image.Resampling.LANCZOS))
@@ -131,6 +150,44 @@ def test_turns_by_exif_and_lays_transparency_on_white(tmp_path: Path) -> None:
     assert turned.shape[1] > turned.shape[2]  # tall, as it is shown
     assert turned[:, 2, 2].tolist() == [1, -1, -1] and turned[:, -2, 2].tolist() == [-1, -1, 1]
     assert images[1][:, 30, 4].tolist() == [1, -1, -1] and images[1][:, 30, -4].tolist() == [1, 1, 1]
+
+
+def test_a_png_that_xmp_turns_has_the_bucket_that_it_is_shown_in(tmp_path: Path) -> None:
+    note = PngInfo()
+    note.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+    Image.new("RGB", (90, 50)).save(tmp_path / "a.png", pnginfo=note)
+    (tmp_path / "a.txt").write_text("a")
+    shown = ImageFolder(tmp_path, **SMALL)[0]
+    assert shown.shape[1] > shown.shape[2]
+
+
+def test_takes_linked_folders_and_other_kinds_of_image_and_leaves_hidden_ones(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    save(folder / "a.png", 64, 64)
+    save(folder / ".trash" / "b.png", 64, 64)
+    save(folder / ".c.png", 64, 64)
+    for ending in ("gif", "tiff", "jfif"):
+        save(elsewhere / f"{ending}.png", 64, 64, caption=None).unlink()
+        with Image.new("RGB", (64, 64)) as image:
+            image.save(elsewhere / f"{ending}.{ending}", format="JPEG" if ending == "jfif" else None)
+        (elsewhere / f"{ending}.txt").write_text(ending)
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)  # a circle
+    images = ImageFolder(folder, **SMALL)
+    assert [entry.path.name for entry in images.entries] == ["a.png", "gif.gif", "jfif.jfif", "tiff.tiff"]
+    assert [images[number].shape for number in range(4)] == [(3, 64, 64)] * 4
+
+
+def test_names_captions_of_which_it_is_not_clear_what_they_are_of(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", 64, 64)
+    save(tmp_path / "a.jpg", 64, 64)
+    (tmp_path / "b.heic").write_bytes(b"?")
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "README.txt").write_text("of no image")
+    found = ImageFolder.check(tmp_path)
+    assert len(found) == 2
+    assert "a.txt is the caption of a.jpg and of a.png" in found[0]
+    assert "b.heic has a caption and none of the endings of images: .png, .jpg" in found[1]
 
 
 def test_batches_hold_one_size_and_go_on_where_they_were(folder: Path) -> None:
@@ -200,6 +257,8 @@ def test_names_every_line_of_metadata_that_is_wrong(tmp_path: Path) -> None:
         '{"file_name": 3}',
     ]
     lines += ['{"file_name": "no.png", "caption": "x"}', '{"file_name": "2.png", "caption": ""}']
+    lines += [r'{"file_name": "3.png", "caption": "half \ud83d"}', '{"file_name": "a/../1.png", "caption": "x"}']
+    lines += ['{"file_name": "../1.png", "caption": "x"}']
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     found = "\n".join(ImageFolder.check(tmp_path))
     for part in (
@@ -207,10 +266,13 @@ def test_names_every_line_of_metadata_that_is_wrong(tmp_path: Path) -> None:
         "line 3, is not {",
         "line 4, is not",
         "line 5, names no.png, which",
+        "line 7, is not",
+        "line 8, names a/../1.png a second time",
+        "line 9, names ../1.png, which is not in the folder",
     ):
         assert part in found
     assert "line 6, is not" in found and "2.png has no caption" in found and "3.png has no caption" in found
-    with pytest.raises(ValueError, match=r"and 2 more: ImageFolder\.check"):
+    with pytest.raises(ValueError, match=r"and 5 more: ImageFolder\.check"):
         ImageFolder(tmp_path, **SMALL)
 
 

@@ -149,6 +149,24 @@ def test_ranks_that_cannot_be(place: Place, tmp_path: Path, monkeypatch: pytest.
         describe_run(recipe)
 
 
+def test_anchors_must_stand_where_the_first_step_ends(place: Place, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    command = ["cache", "--model", str(place.model), "--prompts", str(place.prompts), "--out", str(cache)]
+    assert main([*command, "--dtype", "fp32", "--teacher-steps", "4", "--anchor-sigma", "0.5"]) == 0
+    recipe = tiny_runs.recipe(replace(place, cache=cache), "dp_dmd", "full", tmp_path / "run")
+    recipe["method"]["cached_anchors"] = True
+    recipe["data"]["teacher"] = str(cache / "teacher")
+    with pytest.raises(ValueError, match=r"stand at sigma 0\.5, and the student's first step ends at 0\.75"):
+        describe_run(load(Recipe, None, base=recipe))
+
+
+def test_the_longest_context_is_one_that_the_model_has_positions_for(place: Place, tmp_path: Path) -> None:
+    """A caption that fills them all, and an image beside it, would be an error of that sample, not of the run."""
+    recipe = tiny_runs.recipe(place, "d_opsd", "full", tmp_path / "run")
+    recipe["data"]["vision_pixels"] = 1024 * 1024
+    assert "d_opsd" in describe_run(load(Recipe, None, base=recipe))
+
+
 def test_an_optimizer_that_cannot_be(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer's own checks of optimizers run too."""
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -13,6 +13,7 @@ from twostep.cli import main
 from twostep.evaluate import MiniatureAlignment
 from twostep.train.command import RECIPES, read_recipe
 from twostep.train.configuration import ConfigurationError, dump, load, resolved
+from twostep.train.engine import signature
 from twostep.train.recipe import ALIGNED, ImagesData, PromptsData, Recipe
 from twostep.zoo.miniature import detector, samples
 
@@ -95,6 +96,7 @@ def test_of_the_miniature_says_what_it_will_be(name: str, places: dict[str, tiny
     ("name", "change", "message"),
     [
         ("miniature-decoupled-dmd", "guidance.scale=0.5", "guidance.scale is 0.5, and decoupled_dmd takes"),
+        ("miniature-decoupled-dmd", "guidance.weights.dmd=2", "decoupled_dmd has method.dm_weight"),
         ("miniature-dp-dmd", "method.teacher_steps=0", "teacher_steps is 0, expected at least 1"),
     ],
 )
@@ -144,7 +146,9 @@ def test_what_a_method_cannot_run_with_is_an_error(name: str, change: str, messa
         (["roles.student.shift=-3"], "shift is -3.0, expected a number above 0"),
         (["roles.student.sigmas=[0,0.5,1]"], "sigmas are [0.0, 0.5, 1.0], expected to fall from 1 to 0"),
         (["roles.student.sigmas=[0.9,0.5,0]"], "sigmas are [0.9, 0.5, 0.0], expected to fall from 1 to 0"),
-        (["roles.real_score={steps: 0}"], "steps is 0, expected at least 1"),
+        (["roles.real_score={shift: 0}"], "shift is 0.0, expected a number above 0"),
+        (["optimizers.generator.last=0.5"], "last is 0.5, and decay is 'none': it would change nothing"),
+        (["method.end_to_end=false", "method.inherit=0.5"], "end_to_end is off: nothing is inherited"),
     ],
 )
 def test_contradictions_are_errors_that_name_both_sides(
@@ -260,3 +264,15 @@ def test_the_resolved_recipe_is_kept_with_the_run(
     assert kept["roles"]["student"]["rank"] == 2 and kept["guidance"] is None and kept["seed"] == 0
     facts = (tmp_path / "environment.jsonl").read_text()
     assert '"torch"' in facts and '"git"' in facts and '"ranks": 1' in facts
+
+
+def test_a_checkpoint_belongs_to_what_settings_mean_and_not_to_how_they_are_said() -> None:
+    def of(*changes: str) -> dict[str, Any]:
+        return signature(read_recipe("miniature-turbo-pp", list(changes)), {}, {})
+
+    plain = of()
+    assert of("optimizers.generator.lr=1e-6", "optimizers.guidance.lr=1e-6", "iterations=7") == plain
+    assert of("optimizers.guidance=null") == plain
+    assert of("roles.fake_score.rank=64", "roles.discriminator.hidden=null") == plain
+    assert of("optimizers.guidance.kind=muon") != plain
+    assert of("roles.discriminator.hidden=8") != plain

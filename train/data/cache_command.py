@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twostep.arguments import add_interval, system_fault
+from twostep.arguments import add_interval, system_fault, usable_device
 
 if TYPE_CHECKING:
     from .prompts import Prompts
@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace, rank: int, world_size: int) -> int:
     check_interval("twostep cache", args.guidance_interval, args.guidance)
     prompts = read_prompts(args.prompts, column=args.column)
     args.model = pipeline_path(args.model)
-    device = torch.device(args.device or (f"cuda:{_number('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(args.device, "--device", _number("LOCAL_RANK", 0))
     latents = None if args.contexts_only else _latents(args.model, args.subfolder, args.size)
     needed = 0
     if latents is not None:

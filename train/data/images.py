@@ -5,13 +5,15 @@
 
 Bucket sizes have about one pixel area and sides that are multiples of a factor. An image goes to the bucket whose
 aspect ratio is nearest (in logarithms), the largest part of it with that ratio is cut from its centre, and one Lanczos
-resampling makes it the bucket's size; small images are enlarged. EXIF rotation is applied, transparency lies on white.
+resampling makes it the bucket's size; small images are enlarged. EXIF rotation is applied, transparency lies on white,
+and of an animation the first picture is taken. Files and folders whose names begin with a dot are not looked at.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +25,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .order import BucketOrder
+from .prompts import is_text
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 METADATA = "metadata.jsonl"
 _SHOWN = 5
 _ROTATION = 0x0112  # EXIF's tag; 5 and more exchange width and height
+_ROTATIONS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow finds it in a PNG
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel at most
 
 
@@ -116,12 +120,17 @@ class ImageFolder:
 
 def fit(image: Image.Image, height: int, width: int) -> Tensor:
     """The centre of an RGB image at this size, [3, height, width] in [-1, 1]."""
-    scale = min(image.width / width, image.height / height)  # pixels of the source for one of ours
-    left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
-    box = (left, top, left + scale * width, top + scale * height)
-    small = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    small = image.resize((width, height), Image.Resampling.LANCZOS, box=centre(image.size, (width, height)))
     pixels = torch.from_numpy(np.array(small, dtype=np.uint8))
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def centre(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest box in the middle of an image that has the shape of what is wanted; both (width, height)."""
+    scale = min(has / wants for has, wants in zip(size, wanted, strict=True))  # pixels of the source for one of ours
+    sides = [min(scale * wants, has) for has, wants in zip(size, wanted, strict=True)]  # rounding may reach beyond
+    left, top = ((has - side) / 2 for has, side in zip(size, sides, strict=True))
+    return left, top, left + sides[0], top + sides[1]
 
 
 @dataclass(frozen=True)
@@ -157,12 +166,13 @@ def _entries(folder: Path) -> tuple[list[Entry], list[str]]:
     """Images with captions, and what is wrong with the others."""
     if not folder.is_dir():
         raise ValueError(f"image folder: there is no folder {folder}")
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+    files = _files(folder)
+    images = [path for path in files if path.suffix.lower() in ENDINGS]
     if not images:
         raise ValueError(f"image folder: {folder} holds no images ({', '.join(ENDINGS)})")
     if (folder / METADATA).is_file():
         return _from_metadata(folder, images)
-    entries, problems = [], []
+    entries, problems = [], _unclear(files)
     for image in images:
         beside = image.with_suffix(".txt")
         try:
@@ -179,6 +189,38 @@ def _entries(folder: Path) -> tuple[list[Entry], list[str]]:
     return entries, problems
 
 
+def _files(folder: Path) -> list[Path]:
+    """Those in it and below it, sorted; links to folders are followed, but not in a circle."""
+    found: list[Path] = []
+    inside: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        inside.add(os.path.realpath(place))
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) not in inside
+        ]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
+
+
+def _unclear(files: list[Path]) -> list[str]:
+    """Captions of which it is not clear what they are of: of two images, or of a file that is not known as an image."""
+    beside: dict[Path, list[Path]] = {}
+    for file in files:
+        beside.setdefault(file.with_suffix(""), []).append(file)
+    problems = []
+    for group in beside.values():
+        caption = [file for file in group if file.suffix.lower() == ".txt"]
+        others = [file for file in group if file not in caption]
+        images = [file for file in others if file.suffix.lower() in ENDINGS]
+        if caption and len(images) > 1:
+            problems.append(f"{caption[0]} is the caption of {' and of '.join(file.name for file in images)}")
+        elif caption and others and not images:
+            problems.append(f"{others[0]} has a caption and none of the endings of images: {', '.join(ENDINGS)}")
+    return problems
+
+
 def _from_metadata(folder: Path, images: list[Path]) -> tuple[list[Entry], list[str]]:
     file = folder / METADATA
     captions: dict[Path, str] = {}
@@ -191,11 +233,15 @@ def _from_metadata(folder: Path, images: list[Path]) -> tuple[list[Entry], list[
             name, caption = row["file_name"], row["caption"]
             if not isinstance(name, str) or not isinstance(caption, str) or not caption.strip():
                 raise TypeError
+            if not is_text(name + caption):
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             problems.append(f'{file}, line {number}, is not {{"file_name": "...", "caption": "..."}}: {line[:80]!r}')
             continue
-        path = folder / name
-        if path in captions:
+        path = folder / os.path.normpath(name)
+        if not path.is_relative_to(folder) or ".." in path.relative_to(folder).parts:
+            problems.append(f"{file}, line {number}, names {name}, which is not in the folder")
+        elif path in captions:
             problems.append(f"{file}, line {number}, names {name} a second time")
         elif not path.is_file():
             problems.append(f"{file}, line {number}, names {name}, which is not there")
@@ -230,7 +276,7 @@ def _size(path: Path) -> tuple[int, int]:
     with _open(path) as image:
         # Pillow decodes a whole PNG to look for EXIF behind the pixels, where hardly anybody writes it. One that has it
         # there is still shown upright; only its bucket is that of the pixels as they are stored.
-        behind = image.format == "PNG" and "exif" not in image.info
+        behind = image.format == "PNG" and not any(name in image.info for name in _ROTATIONS)
         try:
             turned = not behind and image.getexif().get(_ROTATION, 1) >= 5
         except (OSError, ValueError, SyntaxError) as error:

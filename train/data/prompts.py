@@ -130,13 +130,13 @@ def _json_lines(path: Path, column: str | None) -> Prompts:
         column = _column(where, list(row), column)
         if not isinstance(row[column], str):
             raise ValueError(f"prompts: {where}: {column!r} is {type(row[column]).__name__}, expected a str")
-        if not _is_text(row[column]):
+        if not is_text(row[column]):
             raise ValueError(f"prompts: {where}: {column!r} holds half of a surrogate pair, which is no text")
         rows.append(row[column])
     return Prompts(path, rows, len(rows))
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
     """JSON may escape halves of characters, which nothing can encode."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
 

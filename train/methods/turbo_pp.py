@@ -48,6 +48,8 @@ class TurboPPConfig:
             yield f"inherit is {self.inherit}, expected a share from 0 on; the paper's is .1, and 1 is the plain unroll"
         if self.inherit_clip is not None and self.inherit_clip <= 0:
             yield f"inherit_clip is {self.inherit_clip}, expected a number above 0, or null for none"
+        if not self.end_to_end and (self.inherit != TurboPPConfig.inherit or self.inherit_clip is not None):
+            yield "inherit or inherit_clip is given, and end_to_end is off: nothing is inherited"
         if self.diversity and not self.step_one_loss:
             yield "diversity is a part of step 1's loss, and step_one_loss is off"
         if not self.step_one_loss and not (self.end_to_end and self.inherit):

@@ -161,12 +161,15 @@ def two_step_backward(
     if mode == "plain":
         return _plain(unroll)
     held = Held(noise.device, offload)
-    if mode == "retain" or final_loss is None:  # without a final loss, second keeps nothing that first's graph adds to
-        return _retain(unroll, policy, held)
-    conditions = Conditions.capture(noise.device, replayed)
-    if uses and not any(p.requires_grad for module in uses for p in module.parameters()):
-        first_pass = "grad"  # which costs nothing where all is frozen, and says so before step 2 leaves a gradient
-    return _recompute(unroll, policy, held, conditions, uses, first_pass, verify)
+    with policy.settled():
+        if (
+            mode == "retain" or final_loss is None
+        ):  # without a final loss, second keeps nothing that first's graph adds to
+            return _retain(unroll, policy, held)
+        conditions = Conditions.capture(noise.device, replayed)
+        if uses and not any(p.requires_grad for module in uses for p in module.parameters()):
+            first_pass = "grad"  # which costs nothing where all is frozen, and says so before step 2 leaves a gradient
+        return _recompute(unroll, policy, held, conditions, uses, first_pass, verify)
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,7 @@ class Sync:
     """When parameters receive, and ranks exchange, what step 2 gives them.
 
     first_owners, second_owners: the modules that the steps certainly are; first_uses: all that step 1 may use.
+    held: FSDP2's groups of parameters whose gradients of step 2 wait, unreduced, for step 1's.
     """
 
     policy: str | None
@@ -197,6 +198,7 @@ class Sync:
     second_owners: tuple[nn.Module, ...]
     first_uses: tuple[nn.Module, ...]
     second_uses: tuple[nn.Module, ...]
+    held: list[Any] = field(default_factory=list)
 
     def join(self, graph: Graph, first_leaves: Sequence[Tensor] | None) -> bool:
         """Whether step 2's gradients wait for step 1's. first_leaves: the leaves of step 1's graph, if it is known."""
@@ -252,8 +254,9 @@ class Sync:
                 f"{OP}: sync='last' and FSDP2, and a step is a function, which does not show its modules: pass "
                 "modules=(module of first, module of second)"
             )
-        groups = [group for module in self._shared_modules() for group in _parameter_groups(module)]
+        groups = dict.fromkeys(group for module in self._shared_modules() for group in _parameter_groups(module))
         flags = [(group, group.reduce_grads, group.all_reduce_grads) for group in groups]
+        self.held.extend(group for group in groups if group.reduce_grads)  # else its trainer accumulates, and goes on
         for group in groups:
             group.reduce_grads = group.all_reduce_grads = False
         try:
@@ -261,6 +264,35 @@ class Sync:
         finally:
             for group, reduce, all_reduce in flags:
                 group.reduce_grads, group.all_reduce_grads = reduce, all_reduce
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Nothing is left held back: what step 1 did not use is reduced afterwards, and what an error has left is
+        dropped, since it stands where clearing `.grad` does not reach and would be added to the next gradient."""
+        try:
+            yield
+        except BaseException:
+            for group in self.held:
+                _drop(group)
+            raise
+        for group in self.held:
+            if any(_waits(parameter) for parameter in group.fsdp_params):
+                state = group._training_state
+                group.post_backward()
+                group.finalize_backward()
+                group._training_state = state
+
+
+def _waits(parameter: Any) -> bool:
+    """Whether one of FSDP2's parameters has a gradient that has not been reduced."""
+    unsharded = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
+
+
+def _drop(group: Any) -> None:
+    for parameter in group.fsdp_params:
+        if _waits(parameter):
+            parameter.unsharded_accumulated_grad = parameter._unsharded_param.grad = None
 
 
 def _is_static(module: nn.Module) -> bool:
