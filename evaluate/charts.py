@@ -67,7 +67,7 @@ def scatter(measured: Sequence[Measured], metric: str, across: str, label: str) 
             continue
         error = [[max(0.0, interval.value - interval.low)], [max(0.0, interval.high - interval.value)]]
         colour = COLOURS[number % len(COLOURS)]
-        axes.errorbar([x], [interval.value], yerr=error, fmt="o", color=colour, capsize=3, label=row.name)
+        axes.errorbar([x], [interval.value], yerr=error, fmt="o", color=colour, capsize=3, label=literal(row.name))
     real = next((row.metrics[metric].value for row in measured if row.real and metric in row.metrics), None)
     if real is not None:
         axes.axhline(real, color="#999999", linewidth=1, linestyle="--", label="real images")
@@ -76,6 +76,11 @@ def scatter(measured: Sequence[Measured], metric: str, across: str, label: str) 
     axes.set_ylabel(METRICS[metric].title)
     axes.legend(fontsize=8, frameon=False)
     return _svg(figure)
+
+
+def literal(text: str) -> str:
+    """As it is: between two dollars matplotlib would read mathematics."""
+    return text.replace("$", r"\$")
 
 
 def curves(lines: Mapping[str, Curve], label: str) -> str:

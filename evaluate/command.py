@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FAULT, INTERRUPTED = 2, 130
 STREAM = 0x7E57  # of the miniature's captions and real images; what settings are chosen by is another
 SHOWN = 8  # images of a row
+MINIATURE_SIZE = (64, 64)
 CURVES = {"losses": "_loss", "gradients": "_gradient_norm"}  # of a run's numbers, by how their names end
 
 
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..train.result import gone_on
     from .subjects import Subject
 
     try:
@@ -72,6 +74,9 @@ def run(args: argparse.Namespace) -> int:
         names = [subject.name for subject in subjects]
         if len(set(names)) < len(names):
             raise ValueError(f"two subjects are called {max(names, key=names.count)!r}; name them: NAME=WHERE")
+        _check_out(args.out, subjects)
+        for note in filter(None, (gone_on(subject.where) for subject in subjects)):
+            print(note, file=sys.stderr)
         report = study(subjects, Settings.of(args))
         print(report.text(), end="")
         for path in report.write(args.out):
@@ -86,6 +91,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"twostep evaluate: {error}", file=sys.stderr)
         return FAULT
     return 0
+
+
+def _check_out(out: Path, subjects: Sequence[Subject]) -> None:
+    """A report among images that are compared would be one of them the next time."""
+    for subject in subjects:
+        where = Path(subject.where).expanduser()
+        if subject.images and out.expanduser().resolve().is_relative_to(where.resolve()):
+            raise ValueError(f"--out is {out}, in the folder of the images {subject.name}: give another folder")
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,15 @@ class Settings:
         for name, least in (("images", 8), ("captions", 2), ("seeds", 2), ("resamples", 2), ("batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected at least {least}")
+        for name in ("reference", "features", "clip", "vqa"):
+            place = getattr(self, name)
+            if place is not None and not Path(place).expanduser().exists():
+                raise ValueError(f"--{name} is {place}, and there is no such file or folder")
+        if self.is_miniature and self.size not in (None, MINIATURE_SIZE):
+            raise ValueError(
+                f"--size is {self.size[0]} {self.size[1]}, and the miniature's judge reads images of 64 64; for others "
+                f"give --prompts, --reference and --features"
+            )
         given = {"--prompts": self.prompts, "--reference": self.reference, "--features": self.features}
         missing = [name for name, value in given.items() if value is None]
         if 0 < len(missing) < len(given):
@@ -141,7 +163,7 @@ def study(subjects: list[Subject], settings: Settings, **facts: Any) -> Report:
     from ..arguments import usable_device
     from .report import Report
     from .study import measure, variety_order
-    from .subjects import Order
+    from .subjects import REAL, Order
 
     device = str(usable_device(settings.device, "--device"))
     dtype = getattr(torch, settings.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
@@ -155,7 +177,7 @@ def study(subjects: list[Subject], settings: Settings, **facts: Any) -> Report:
         )
     drawn, timed = _draw(subjects, order, varied, settings, dtype, device)
     judge, real, notes = _judge(settings, device)
-    rows = [] if real is None else [measure("real images", real, None, judge, real=True, resamples=settings.resamples)]
+    rows = [] if real is None else [measure(REAL, real, None, judge, real=True, resamples=settings.resamples)]
     for subject in subjects:
         quality, variety = drawn[subject.name]
         facts_of = {"where": subject.where, **subject.settings}

@@ -140,7 +140,7 @@ class Report:
 
         heads = [head["title"] for head in self._heads()]
         cells = [
-            [f"{c['text']}\n{c['interval']}" if c["interval"] else c["text"] for c in self._cells(row)]
+            [charts.literal(f"{c['text']}\n{c['interval']}" if c["interval"] else c["text"]) for c in self._cells(row)]
             for row in self.measured
         ]
         figure = Figure(figsize=(1.3 * len(heads) + 1, 0.5 * (len(cells) + 1)), dpi=110, layout="constrained")

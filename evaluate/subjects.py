@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..images import ENDINGS, decoded, open_image
 from ..zoo import TextToImage, load_text_to_image
 from ..zoo.saved_student import pipeline_path, student_facts, student_folder
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 SHEET = "sheet.png"  # where `twostep sample` lays out the images that lie beside it
+REAL = "real images"  # the row of these in a report
 PIECE = 256  # images that are kept together: what an interruption loses at most
 
 
@@ -57,7 +58,7 @@ class Subject:
         name, equals, rest = text.partition("=")
         if not equals or "@" in name or "/" in name:
             name, rest = "", text
-        where, _, given = rest.partition("@")
+        where, _, given = (rest, "", "") if Path(rest).expanduser().exists() else rest.partition("@")
         settings: dict[str, Any] = {}
         for item in filter(None, given.split(",")):
             key, equals, value = item.partition("=")
@@ -70,6 +71,8 @@ class Subject:
                 raise ValueError(f"{text!r}: {key} is {value!r}, expected {expected}") from None
         if not where:
             raise ValueError(f"{text!r}: expected [NAME=]WHERE[@key=value,...], such as student=runs/first")
+        if name == REAL:
+            raise ValueError(f"{text!r}: {REAL!r} is the name of the row of real images; give another")
         return cls(name or " ".join([Path(where).name, *filter(None, given.split(","))]), where, settings)
 
     @property
@@ -78,7 +81,15 @@ class Subject:
         folder = Path(self.where).expanduser()
         if not folder.is_dir() or student_folder(folder) is not None or (folder / "model_index.json").is_file():
             return []
-        return images_in(folder)
+        found = images_in(folder)
+        if found and self.settings:
+            raise ValueError(f"{self.name}: {folder} is a folder of images, which takes no {', '.join(self.settings)}")
+        if not found and not any((folder / name).is_file() for name in ("export.json", "metrics.jsonl")):
+            raise ValueError(
+                f"{self.name}: {folder} is no model (no model_index.json or student.json), and holds no images "
+                f"({', '.join(ENDINGS)})"
+            )
+        return found
 
     @property
     def run(self) -> Path | None:
@@ -180,10 +191,14 @@ def draw_once(
 
 
 def _read(path: Path) -> Drawn | None:
+    """None where it is not there, or damaged: it is drawn anew."""
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        return Drawn(file.get_tensor("images"), **json.loads(file.metadata()["facts"]))
+    try:
+        with safe_open(path, framework="pt") as file:
+            return Drawn(file.get_tensor("images"), **json.loads(file.metadata()["facts"]))
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _write(path: Path, drawn: Drawn, of: str) -> None:
@@ -195,12 +210,20 @@ def _write(path: Path, drawn: Drawn, of: str) -> None:
 
 
 def to_bytes(images: Tensor) -> Tensor:
+    """[-1, 1] to uint8; ValueError where there are numbers that no pixel can be."""
+    finite = images.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        rows = (~finite).nonzero().flatten().tolist()
+        raise ValueError(
+            f"{len(rows)} of {len(images)} images hold numbers that are not finite (rows {rows[:5]}): the model's "
+            f"weights, its dtype or its guidance are at fault"
+        )
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def images_in(folder: Path) -> list[Path]:
     """In order, at any depth; without the sheets that show the images beside them once more."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
     beside = {path.parent for path in found if path.name != SHEET}
     return [path for path in found if path.name != SHEET or path.parent not in beside]
 
@@ -219,14 +242,11 @@ def read_images(paths: Sequence[Path], size: tuple[int, int] | None = None) -> D
     """Images of a folder, all of one size, with their captions: from the .txt beside them, or else from the text that
     `twostep sample` writes into a PNG; "" where there is neither."""
     import numpy as np
-    from PIL import Image
 
     pixels: list[Tensor] = []
     captions: list[str] = []
     for path in paths:
-        with Image.open(path) as image:
-            found = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
-            within = str(image.info.get("prompt", ""))
+        found = torch.from_numpy(np.array(decoded(path))).permute(2, 0, 1)
         if pixels and found.shape != pixels[0].shape:
             raise ValueError(
                 f"{path} is {found.shape[1]} x {found.shape[2]}, and {paths[0]} is {pixels[0].shape[1]} x "
@@ -235,9 +255,19 @@ def read_images(paths: Sequence[Path], size: tuple[int, int] | None = None) -> D
         if size is not None and tuple(found.shape[1:]) != size:
             raise ValueError(f"{path} is {found.shape[1]} x {found.shape[2]}, expected {size[0]} x {size[1]}")
         pixels.append(found)
-        text = path.with_suffix(".txt")
-        captions.append((text.read_text(encoding="utf-8") if text.is_file() else within).strip())
+        captions.append(_caption(path))
     return Drawn(torch.stack(pixels), captions)
+
+
+def _caption(path: Path) -> str:
+    text = path.with_suffix(".txt")
+    if not text.is_file():
+        with open_image(path) as image:
+            return str(image.info.get("prompt", "")).strip()
+    try:
+        return text.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{text} is not UTF-8") from None
 
 
 def identity(subject: Subject, order: Order, dtype: torch.dtype) -> str:

@@ -58,12 +58,15 @@ def run(args: argparse.Namespace) -> int:
     from safetensors import SafetensorError
     from transformers.utils import logging
 
+    from ..train.result import gone_on
     from .fresh_process import ExportFailed
 
     logging.disable_progress_bar()
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _interrupt) if main else None  # so that what is half written is removed
     try:
+        if (note := gone_on(args.student)) is not None:
+            print(note, file=sys.stderr)
         made = _export(args)
     except (ValueError, ExportFailed, SafetensorError, OSError) as error:
         print(f"twostep export: {str(error).removeprefix('export: ')}", file=sys.stderr)

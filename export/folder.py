@@ -79,7 +79,7 @@ def export_folder(
     copied = sum(bytes_in(pipeline / part) for part in OTHER_PARTS) if parts == "copy" else 0
     both = dtype.itemsize + (quantization is not None)  # what is quantized stands beside what it is made from
     check_space(target.parent, source.parameters * both + copied)
-    with new_folder(target) as new:
+    with new_folder(target, lambda: target_of(target, overwrite)) as new:
         with source.phase("writing"):
             _write_networks(model, new, dtype, max_shard_size, quantization)
             for part in OTHER_PARTS:

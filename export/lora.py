@@ -99,7 +99,7 @@ def export_lora(
     factors, left = _factors(source, state, rank)
     written = [{name: Product(*(part.to(dtype) for part in one)) for name, one in step.items()} for step in factors]
     check_space(target.parent, sum(p.nbytes for step in written for one in step.values() for p in one))
-    with new_folder(target) as new:
+    with new_folder(target, lambda: target_of(target, overwrite)) as new:
         files = [f"step_{number}.safetensors" for number in range(1, len(written) + 1)]
         files = files if source.per_step else ["pytorch_lora_weights.safetensors"]
         with source.phase("writing"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..train.durable_folder import publish, recover, temporary
@@ -18,6 +19,8 @@ def target_of(out: str | Path, overwrite: bool, *sources: Path) -> Path:
     """
     target = Path(out).expanduser().resolve()
     recover(target.parent, target.name)  # from an export that was killed
+    if os.path.ismount(target):
+        raise ValueError(f"export: {target} is where something is mounted, and cannot be replaced; give a folder in it")
     if target.exists() and not target.is_dir():
         raise ValueError(f"export: {target} is a file; give a folder")
     if target.exists() and not overwrite:
@@ -35,12 +38,17 @@ def target_of(out: str | Path, overwrite: bool, *sources: Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """What is written into it becomes `target`, in the place of what was there; an error leaves all as it was."""
+def new_folder(target: Path, check: Callable[[], object] = lambda: None) -> Iterator[Path]:
+    """What is written into it becomes `target`, in the place of what was there; an error leaves all as it was.
+
+    Args:
+        check: raises where the target must not be replaced: what has appeared there meanwhile is somebody's.
+    """
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         with temporary(target.parent, target.name) as new:
             yield new
+            check()
             publish(new, target)
     except BaseException:
         for folder in made:

@@ -94,7 +94,7 @@ def export_program(
     source.check_steps()
     source.guard(target)
     check_space(target.parent, 3 * source.parameters * dtype.itemsize)  # its pieces lie there while it is put together
-    with new_folder(target) as new, torch.no_grad():
+    with new_folder(target, lambda: target_of(target, overwrite)) as new, torch.no_grad():
         with source.phase("compiling"):
             model = _fused(source, dtype, device)
             written = None
@@ -166,7 +166,7 @@ def export_onnx(
     samples = _cases(Steps(model).example, source, torch.float32, "cpu")
     cases = [_of_network(case, sigma) for case in samples for sigma in (None, *source.model.sigmas[:-1])]
     errors: list[float] = []
-    with new_folder(target) as new, torch.no_grad():
+    with new_folder(target, lambda: target_of(target, overwrite)) as new, torch.no_grad():
         for number, one in enumerate(model.distinct_networks()):
             traced, file = network(one), new / f"step_{number + 1}.onnx"
             example, dims = traced.example(*_size(model)), traced.dims(batch_dim())

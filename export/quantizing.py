@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..zoo import Backbone
+from ..zoo.adapters import AdapterView
 from .merging import with_weights
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,13 +54,15 @@ def quantize_folder(folder: Path, kind: str, dtype: torch.dtype, max_shard_size:
 def rounded(
     model: Model, dtype: torch.dtype, kind: str | None = None, *, among: Callable[[str], bool] = lambda name: True
 ) -> Model:
-    """A copy whose own tensors, adapters' among them, have lost what writing loses; without torchao.
+    """A copy whose tensors have lost what writing loses, of adapters their base's too; without torchao.
 
     Args:
         among: whether a tensor of this name is written.
     """
     made = copy.deepcopy(model)
-    for place, module in made.named_modules():
+    bases = dict.fromkeys(module.model for module in made.modules() if isinstance(module, AdapterView))
+    inside = [one for root in (made, *bases) for one in root.named_modules()]  # a view has no base among its modules
+    for place, module in inside:
         for name, parameter in module.named_parameters(recurse=False):
             if not among(f"{place}.{name}"):
                 continue

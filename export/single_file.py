@@ -49,7 +49,7 @@ def export_single_file(
     source = Source.read(student, base=base)
     source.guard(target)
     check_space(target.parent, source.parameters * dtype.itemsize)
-    with new_folder(target) as new:
+    with new_folder(target, lambda: target_of(target, overwrite)) as new:
         changed, whole, error = 0.0, 0.0, 0.0
         for number, network in enumerate(source.networks, start=1):
             exact = merged(network)

@@ -61,6 +61,8 @@ class Source:
         if base is not None and "base" not in facts and not extracting:
             raise ValueError(f"export: --base is {base}, and the student has whole weights, which stand on none")
         _check_precision(folder, facts["steps"])
+        if base is None and pipeline is not None and facts.get("base", [None])[0] == facts["pipeline"]:
+            base = pipeline  # the adapters stand on the moved pipeline's own transformer
         model = load_student(folder, base=base if "base" in facts else None, dtype=torch.float32, fused=False)
         _check_alike(model, facts["steps"])
         source = cls(folder, facts, model, base, pipeline, begun)
@@ -160,7 +162,7 @@ class Source:
         facts = {
             "method": self.facts.get("method"),
             "iteration": self.facts.get("iteration"),
-            "teacher": self.place,
+            "teacher": pipeline_path(self.place),  # where it lies: what stock diffusers is given
             "sigmas": list(self.model.sigmas),
             **more,
             "error": errors,

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from twostep.graphs import is_leafs, nodes
 
+from ..values import in_transform
 from . import arguments
 from .reduction import check, mean_squared_error, reduce, sample_mean, widen
 
@@ -136,7 +137,7 @@ def _softplus(z: Tensor) -> Tensor:
 def _check_gradient(loss: str, fake_logits: Tensor, sample: Tensor | None, missing_gradient: str) -> None:
     if missing_gradient == "ignore" or not torch.is_grad_enabled():
         return
-    if torch.compiler.is_compiling() or arguments.in_transform():  # there requires_grad does not tell
+    if torch.compiler.is_compiling() or in_transform():  # there requires_grad does not tell
         return
     if fake_logits.requires_grad and (sample is None or _reaches(fake_logits, sample)):
         return

@@ -1,7 +1,8 @@
 """What the losses accept, with errors that say what was given, what is accepted and what to do.
 
 Shapes, dtypes, devices and Python numbers are always checked. The values inside a tensor are read only where that is
-possible: not while torch.compile traces, not inside a torch.func transform, not on meta, fake or distributed tensors.
+possible: not while torch.compile traces, not inside a torch.func transform or under a dispatch mode, not on meta, fake
+or distributed tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import numbers
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from ..values import values_can_be_read
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -78,20 +80,6 @@ def check_positive(loss: str, name: str, value: float) -> None:
     check_number(loss, name, value)
     if not value > 0:
         raise ValueError(f"{loss}: {name} is {value}, expected a number above 0")
-
-
-def in_transform() -> bool:
-    """Inside torch.func (grad, vmap, jvp, ...) or forward-mode differentiation."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def values_can_be_read(t: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and type(t) is Tensor  # a fake or distributed tensor has no values to look at, or not all of them
-        and t.device.type != "meta"
-        and not in_transform()
-    )
 
 
 def check_sigma(

@@ -57,11 +57,10 @@ def f_divergence_weight(
     arguments.check_samples(loss, "logit", logit)
     arguments.check_choice(loss, "divergence", divergence, tuple(_LOG_WEIGHT))
     (wide,) = widen(logit.detach())
-    per_sample = sample_mean(wide)
     if max_logit is not None:
         arguments.check_positive(loss, "max_logit", max_logit)
-        per_sample = per_sample.clamp(-max_logit, max_logit)
-    log_weight = _LOG_WEIGHT[divergence](per_sample)
+        wide = wide.clamp(-max_logit, max_logit)
+    log_weight = _LOG_WEIGHT[divergence](sample_mean(wide))
     if normalize:
         log_weight = log_weight - torch.logsumexp(log_weight, 0) + math.log(log_weight.shape[0])
     return log_weight.exp()

@@ -31,9 +31,9 @@ def test_images_are_the_models_and_say_what_they_are(model: Path, tmp_path: Path
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [
         "0000-a-red-circle-7.png",
-        "0001-a-red-circle-8.png",
-        "0002-ein-k-se-brot-7.png",
-        "0003-ein-k-se-brot-8.png",
+        "0000-a-red-circle-8.png",
+        "0001-ein-k-se-brot-7.png",
+        "0001-ein-k-se-brot-8.png",
         "sheet.png",
     ]
     with Image.open(tmp_path / names[3]) as image:
@@ -70,6 +70,12 @@ def test_the_same_command_goes_on(
     assert set(drawn) == {"a star"} and "3 images" in capsys.readouterr().out
     with Image.open(out / "0001-a-star-0.png") as image:
         assert image.size == (48, 32)
+    whole = (out / "0001-a-star-0.png").read_bytes()
+    (out / "0001-a-star-0.png").write_bytes(whole[:300])  # damaged: drawn anew
+    assert main([*words, "--count", "2"]) == 0  # and two of each
+    assert (out / "0001-a-star-0.png").read_bytes() == whole
+    assert len(list(out.glob("*.png"))) == 7, "three prompts, twice, and the sheet"
+    (out / "sheet.png").unlink()
     limited = ["--guidance", "3", "--guidance-interval", ".5", "1"]
     renewed = ["--eta", "1", "--eta-interval", ".5", "1"]
     for other in (["--guidance", "3"], limited, renewed[:2], renewed, ["--dtype", "bfloat16"]):  # other images
@@ -94,9 +100,11 @@ def test_defaults_are_the_same_said_or_not(model: Path, tmp_path: Path, capsys: 
         (["--prompt", "a", "--count", "0"], "--count is 0"),
         (["--prompt", "a", "--size", "60", "64"], "the size is 60 x 64, expected multiples of 8"),
         (["--prompt", "a", "--subfolder", "other"], "other"),
-        (["--prompt", "a", "--device", "foo"], "the device is 'foo', expected cpu, cuda or cuda:N"),
-        (["--prompt", "a", "--device", "cuda:99"], "the device is cuda:99, and torch"),
+        (["--prompt", "a", "--device", "foo"], "--device is 'foo', expected cpu, cuda or cuda:N"),
+        (["--prompt", "a", "--device", "cuda:99"], "--device is 'cuda:99', and torch"),
         (["--prompt", "a", "--seed", "99999999999999999999"], "--seed is 99999999999999999999, expected a number"),
+        (["--prompt", "a", "--guidance", "nan"], "guidance is nan, expected a number"),
+        (["--prompt", "a \udcff"], "is 'a \\udcff', which is not UTF-8"),
         (["--prompt", "a", "--seed", "-1"], "--seed is -1, expected a number from 0"),
     ],
 )

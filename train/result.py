@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..zoo import AdapterView, Backbone
-from ..zoo.saved_student import FACTS
+from ..zoo.saved_student import FACTS, student_folder
 from .configuration import resolved
 from .durable_folder import publish, temporary
 from .journal import read_events
@@ -71,6 +71,19 @@ def finished(run: Path) -> bool:
     """Whether its student is of its last iteration: one that was extended and stopped still has the earlier one."""
     events = read_events(run)
     return bool(events) and events[-1]["event"] == "finished"
+
+
+def gone_on(model: str | Path) -> str | None:
+    """What is to be said of a student whose run has gone on since; None of any other model."""
+    folder = student_folder(model)
+    events = [] if folder is None else read_events(folder.parent)
+    if folder is None or not events or finished(folder.parent):
+        return None
+    last = max((event["iteration"] for event in events if "undone" not in event), default=0)
+    return (
+        f"note: {folder.parent} has gone on to iteration {last}, and its student is still that of "
+        f"{written_at(folder)}: the same train command finishes it"
+    )
 
 
 def _place(model: str) -> str:

@@ -25,7 +25,7 @@ def add_interval(parser: argparse.ArgumentParser, what: str, says: str) -> None:
     )
 
 
-def usable_device(wanted: str | None, name: str, local: int = 0) -> torch.device:
+def usable_device(wanted: str | torch.device | None, name: str, local: int = 0) -> torch.device:
     """The device of this name, which must be there; None: this process's GPU where there are any, else the CPU."""
     import torch
 
@@ -34,14 +34,16 @@ def usable_device(wanted: str | None, name: str, local: int = 0) -> torch.device
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise ValueError(f"{name} is {wanted!r}, expected cpu, cuda or cuda:N") from None
+        raise ValueError(f"{name} is {str(wanted)!r}, expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} is {str(wanted)!r}, expected cpu, cuda or cuda:N")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:
-            raise ValueError(f"{name} is {wanted!r}, and torch {torch.__version__} sees no GPU; `twostep doctor`")
+            raise ValueError(f"{name} is {str(wanted)!r}, and torch {torch.__version__} sees no GPU; `twostep doctor`")
         device = torch.device(f"cuda:{local}") if device.index is None else device
         if device.index >= count:
-            raise ValueError(f"{name} is {wanted!r}, and there are {count} GPUs, from cuda:0 on")
+            raise ValueError(f"{name} is {str(wanted)!r}, and there are {count} GPUs, from cuda:0 on")
     return device
 
 

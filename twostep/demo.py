@@ -50,8 +50,10 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     begun = time.monotonic()
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        settings = _settings(args, out)  # whose mistakes are told at once, and so are the recipe's
+        _recipe(args, out)
+        out.mkdir(parents=True, exist_ok=True)
         _say("1 of 3: the teacher draws what the discriminator takes for real")
         if status := _cache(args.model, out):
             return status
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         if (status := _train(args, out)) or not finished(out / "run"):
             return status or INTERRUPTED  # stopped by a signal: everything is kept
         _say("3 of 3: teacher and student draw the same captions")
-        report = _compare(args, out)
+        report = _compare(args, settings, out)
         written = report.write(out / "report")
         _say("the student leaves")
         exported = _export(out)
@@ -147,21 +149,37 @@ def _cache(model: str, out: Path) -> int:
     return cache_command.run(parser.parse_args(given))
 
 
+def _overrides(args: argparse.Namespace, out: Path) -> list[str]:
+    data = out / "data"
+    own = [f"model={args.model}", f"out={out / 'run'}", f"data.prompts={out / 'prompts.txt'}"]
+    own += [f"data.contexts={data / 'contexts'}", f"data.teacher={data / 'teacher'}"]
+    return [*own, *args.overrides]
+
+
+def _recipe(args: argparse.Namespace, out: Path) -> None:
+    from .train.command import read_recipe
+
+    read_recipe(RECIPE, _overrides(args, out))
+
+
 def _train(args: argparse.Namespace, out: Path) -> int:
     from .train.command import add_arguments, run
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    data = out / "data"
-    own = [f"model={args.model}", f"out={out / 'run'}", f"data.prompts={out / 'prompts.txt'}"]
-    own += [f"data.contexts={data / 'contexts'}", f"data.teacher={data / 'teacher'}"]
-    return run(parser.parse_args([RECIPE, *own, *args.overrides]))
+    return run(parser.parse_args([RECIPE, *_overrides(args, out)]))
 
 
-def _compare(args: argparse.Namespace, out: Path) -> Any:
+def _settings(args: argparse.Namespace, out: Path) -> Any:
+    from .evaluate.command import Settings
+
+    return Settings(out / "report", images=args.images, captions=VARIETY[0], seeds=VARIETY[1], title="twostep demo")
+
+
+def _compare(args: argparse.Namespace, settings: Any, out: Path) -> Any:
     from dataclasses import replace
 
-    from .evaluate.command import Settings, study
+    from .evaluate.command import study
     from .evaluate.subjects import Subject
     from .zoo.miniature import BASE_AT_ITS_BEST
 
@@ -174,7 +192,6 @@ def _compare(args: argparse.Namespace, out: Path) -> Any:
         teacher("teacher at 2", steps=2),
         Subject("student at 2", str(out / "run")),
     ]
-    settings = Settings(out / "report", images=args.images, captions=VARIETY[0], seeds=VARIETY[1], title="twostep demo")
     report = study(subjects, settings)
     return replace(report, verdicts=verdicts({row.name: row for row in report.measured}))
 

@@ -1,6 +1,6 @@
 """`twostep sample --model FOLDER --prompt TEXT --out DIR`: images of prompts, from a student or a pipeline.
 
-    OUT/0000-a-red-circle-7.png    number, prompt, seed; all of it is in the PNG's own text as well
+    OUT/0000-a-red-circle-7.png    the prompt's number, the prompt, the seed; all of it is in the PNG's own text as well
     OUT/sheet.png                  all of them on one sheet
 
 Images that are there already, of the same prompt, seed and model, are kept: the same command goes on where it stopped.
@@ -80,6 +80,7 @@ def _run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from .evaluate.subjects import SHEET, state_of
+    from .train.result import gone_on
     from .zoo import load_text_to_image
     from .zoo.saved_student import student_facts, student_folder
     from .zoo.teacher import EVERYWHERE
@@ -89,8 +90,7 @@ def _run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} is {getattr(args, name)}, expected at least {least}")
     prompts = _prompts(args)
     wanted = [
-        Wanted(number, prompt, args.seed + copy)
-        for number, (prompt, copy) in enumerate((p, c) for p in prompts for c in range(args.count))
+        Wanted(number, prompt, args.seed + copy) for number, prompt in enumerate(prompts) for copy in range(args.count)
     ]
     if not 0 <= args.seed <= LARGEST_SEED - args.count:
         raise ValueError(f"--seed is {args.seed}, expected a number from 0 to {LARGEST_SEED - args.count}")
@@ -111,6 +111,8 @@ def _run(args: argparse.Namespace) -> int:
             facts[what] = list(getattr(args, what))
     missing = [one for one in wanted if args.overwrite or not _is_there(args.out / one.name, one, facts)]
     if missing:
+        if (note := gone_on(args.model)) is not None:
+            print(note, file=sys.stderr)
         logging.disable_progress_bar()
         model = load_text_to_image(
             args.model,
@@ -133,11 +135,15 @@ def _run(args: argparse.Namespace) -> int:
 def _prompts(args: argparse.Namespace) -> list[str]:
     if bool(args.prompt) == (args.prompts is not None):
         raise ValueError("give --prompt TEXT (once or several times), or --prompts FILE")
-    if args.prompt:
-        return list(args.prompt)
     from .train.data import read_prompts
+    from .train.data.prompts import is_text
 
-    return list(read_prompts(args.prompts))
+    if not args.prompt:
+        return list(read_prompts(args.prompts))
+    for prompt in args.prompt:
+        if not is_text(prompt):
+            raise ValueError(f"--prompt is {prompt!a}, which is not UTF-8")
+    return list(args.prompt)
 
 
 def _is_there(path: Path, wanted: Wanted, facts: dict[str, Any]) -> bool:
@@ -146,8 +152,12 @@ def _is_there(path: Path, wanted: Wanted, facts: dict[str, Any]) -> bool:
 
     if not path.exists():
         return False
-    with Image.open(path) as image:
-        found = json.loads(image.info.get("twostep", "{}"))
+    try:
+        with Image.open(path) as image:
+            image.load()
+            found = json.loads(image.info.get("twostep", "{}"))
+    except (OSError, SyntaxError, ValueError):
+        return False  # damaged: it is drawn anew
     if found != {**facts, "prompt": wanted.prompt, "seed": wanted.seed}:
         raise ValueError(
             f"{path} is there, and is another image (its settings: {found}); give another --out, or --overwrite"

@@ -72,7 +72,10 @@ def _drawing(models: Mapping[str, TextToImage]) -> Callable[[str, float, float],
         found: list[Any] = []
         for model in models.values():
             begun = time.perf_counter()
-            pixels = to_bytes(model.draw([caption] * len(seeds), seeds)).permute(0, 2, 3, 1).cpu().numpy()
+            try:
+                pixels = to_bytes(model.draw([caption] * len(seeds), seeds)).permute(0, 2, 3, 1).cpu().numpy()
+            except (ValueError, RuntimeError) as error:
+                raise gradio.Error(str(error)) from error
             taken = time.perf_counter() - begun
             images = [Image.fromarray(one) for one in pixels]
             times = max(1, SHOWN // images[0].width)  # every pixel a square

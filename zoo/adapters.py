@@ -7,8 +7,10 @@ own.
 LoRA layers are PEFT's. All of them look at one list, the names of the adapters in use, so switching is one assignment.
 Which adapter runs is bound to the call, not to a mode of the model: each role's forward switches its own adapter on and
 back off, and a checkpointed block remembers the adapter of its forward for the recomputation in backward, whatever ran
-in between. An adapter's parameters are trained or frozen by `requires_grad_` of its role; PEFT's `set_adapter`, which
-would switch the others' gradients off, is not used.
+in between. That is so for `enable_gradient_checkpointing`; a checkpoint of one's own around a block recomputes it with
+every adapter off. The list is one for all threads, so roles of one base take turns. An adapter's parameters are trained
+or frozen by `requires_grad_` of its role; PEFT's `set_adapter`, which would switch the others' gradients off, is not
+used.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,11 +28,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .backbone import Backbone, Level
+from .backbone import Backbone, Level, need_backbone
 from .context import Context
 from .encoders import fingerprint
 
@@ -47,6 +51,7 @@ class Switch:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self._depth, self._thread = 0, 0
 
     def rewire(self, model: nn.Module) -> None:
         """Lets every LoRA layer look at this list; again after PEFT has added layers."""
@@ -57,11 +62,24 @@ class Switch:
     @contextlib.contextmanager
     def on(self, name: str | None) -> Iterator[None]:
         before = list(self.names)
+        self._enter()
         self.names[:] = [] if name is None else [name]
         try:
             yield
         finally:
             self.names[:] = before
+            self._depth -= 1
+
+    def _enter(self) -> None:
+        if not torch.compiler.is_compiling():
+            mine = threading.get_ident()
+            if self._depth and self._thread != mine:
+                raise RuntimeError(
+                    "AdapterBase: two threads use roles of one base at once, and all of them look at one list of "
+                    "adapters: let them take turns (a lock around each call), or load a base for each"
+                )
+            self._thread = mine
+        self._depth += 1
 
     def bound(self, block: Any) -> Any:
         """The block with today's adapter, to be run again later."""
@@ -114,6 +132,11 @@ class AdapterView(Backbone):
     def forward(
         self, x: Tensor, sigma: Tensor | float | Level, context: Context, taps: Sequence[int] | None = None
     ) -> Tensor | list[Tensor]:
+        if any(isinstance(block, CheckpointWrapper) for block in self.blocks()):
+            raise ValueError(
+                "AdapterView: a block is inside torch's checkpoint_wrapper, whose recomputation would run without the "
+                "adapter: take the wrapper off and call enable_gradient_checkpointing() of the role"
+            )
         with self._switch.on(self.adapter):
             return self._base(x, sigma, context, taps)
 
@@ -135,6 +158,13 @@ class AdapterView(Backbone):
     @_parameters.setter
     def _parameters(self, _: Any) -> None:
         pass
+
+    def __getattr__(self, name: str) -> Any:
+        """A parameter's name leads through the base's modules: get_parameter, torch.func.functional_call."""
+        model = self.__dict__.get("model")
+        if model is not None and name in model._modules:
+            return model._modules[name]
+        return super().__getattr__(name)
 
     def train(self, mode: bool = True) -> AdapterView:
         """Switches the dropout of this adapter alone."""
@@ -212,7 +242,12 @@ class AdapterBase:
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        if any(isinstance(module, BaseTunerLayer) for module in backbone.modules()):
+        need_backbone("AdapterBase", backbone)
+        if hasattr(backbone.model, "adapter_switch"):
+            raise ValueError(
+                "AdapterBase: the backbone belongs to an AdapterBase already: add the adapters to that one"
+            )
+        if any(isinstance(module, BaseTunerLayer) for module in backbone.model.modules()):
             raise ValueError("AdapterBase: the backbone has LoRA layers already; load it anew, or merge them first")
         self.backbone = backbone.requires_grad_(False)
         self._switch = Switch()
@@ -250,8 +285,10 @@ class AdapterBase:
         if not name.isidentifier() or name in self._views:
             taken = f" that is not one of {sorted(self._views)}" if self._views else ""
             raise ValueError(f"AdapterBase: name is {name!r}, expected letters, digits and underscores{taken}")
-        if rank < 1:
-            raise ValueError(f"AdapterBase: rank is {rank}, expected at least 1")
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"AdapterBase: rank is {rank!r}, expected a whole number of at least 1")
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise ValueError(f"AdapterBase: alpha is {alpha}, expected a number above 0")
         model = self.backbone.model
         config = LoraConfig(
             r=rank,

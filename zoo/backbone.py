@@ -3,8 +3,9 @@
     x_sigma = (1 - sigma) x + sigma eps        v = eps - x        clean prediction = x_sigma - sigma v
 
 sigma is 1 for pure noise. A subclass holds every sign, time and packing convention of its family in `_predict`; nothing
-outside knows them. A Backbone is a module, so that DDP and FSDP can wrap it, and everything it computes goes through
-its `forward`, so that their hooks see it. FSDP2 with a MixedPrecisionPolicy: cast_forward_inputs=False keeps the rotary
+outside knows them. Everything that a Backbone computes goes through its `forward`, so that FSDP2's hooks see it (DDP is
+a module around a module, whose own call alone reduces: average gradients as the trainer does, or wrap what calls the
+roles). FSDP2 with a MixedPrecisionPolicy: cast_forward_inputs=False keeps the rotary
 tables in float32 on their way into the blocks (the backbone casts what has to be cast).
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..values import values_can_be_read
 from .context import Context
 from .fuse import is_fused
 from .sampling import ROUNDING
@@ -31,6 +33,13 @@ class Level:
 
     def __init__(self, sigma: Tensor) -> None:
         self.sigma = sigma
+
+
+def need_backbone(owner: str, given: object) -> None:
+    if not isinstance(given, Backbone):
+        inside = getattr(given, "backbone", None)
+        hint = "pass its .backbone" if isinstance(inside, Backbone) else "load_backbone makes one"
+        raise TypeError(f"{owner}: given {type(given).__name__}, expected a Backbone: {hint}")
 
 
 class Backbone(nn.Module, ABC):
@@ -79,9 +88,9 @@ class Backbone(nn.Module, ABC):
         return self(x, Level(self._sigma(x, sigma)), context).to(x.dtype)
 
     def clean(self, x: Tensor, sigma: Tensor | float, context: Context) -> Tensor:
-        """The clean prediction x - sigma v."""
-        level = self._sigma(x, sigma)
-        return x - level.view(-1, 1, 1, 1).to(x.dtype) * self.velocity(x, level, context)
+        """The clean prediction x - sigma v, in float32 or better: sigma is not rounded to what x is in."""
+        v, wide = self.velocity(x, sigma, context), torch.promote_types(x.dtype, torch.float32)
+        return x.to(wide) - torch.as_tensor(sigma, dtype=wide, device=x.device).view(-1, 1, 1, 1) * v.to(wide)
 
     def features(self, x: Tensor, sigma: Tensor | float, context: Context, blocks: Sequence[int]) -> list[Tensor]:
         """The image's tokens [B, tokens, width] after each of these blocks; what is behind the last does not run."""
@@ -144,8 +153,7 @@ class Backbone(nn.Module, ABC):
             )
         if not x.is_floating_point():
             raise TypeError(f"{self._name}: x is {x.dtype}, expected a floating-point dtype: latents, not pixels")
-        if not isinstance(sigma, Tensor) and not -ROUNDING <= sigma <= 1 + ROUNDING:
-            raise ValueError(f"{self._name}: sigma is {sigma}, expected a number from 0 (clean) to 1 (noise)")
+        self._check_sigma(sigma)
         level = torch.as_tensor(sigma, dtype=torch.float32)
         if level.dim() == 0:
             return level.to(x.device).expand(len(x))
@@ -155,10 +163,28 @@ class Backbone(nn.Module, ABC):
             )
         return level.to(x.device)
 
+    def _check_sigma(self, sigma: object) -> None:
+        """Numbers, and tensors whose values are at hand: those on a GPU are not waited for."""
+        wanted = "expected numbers from 0 (clean) to 1 (noise)"
+        if not isinstance(sigma, (int, float, Tensor)):
+            raise TypeError(f"{self._name}: sigma is {type(sigma).__name__}, {wanted}, one or a tensor")
+        if not isinstance(sigma, Tensor):
+            if not -ROUNDING <= sigma <= 1 + ROUNDING:
+                raise ValueError(f"{self._name}: sigma is {sigma}, {wanted}")
+            return
+        if not sigma.is_floating_point():
+            raise TypeError(f"{self._name}: sigma has dtype {sigma.dtype}, {wanted}")
+        if sigma.device.type == "cpu" and values_can_be_read(sigma):
+            inside = (sigma >= -ROUNDING) & (sigma <= 1 + ROUNDING)
+            if not bool(inside.all()):
+                raise ValueError(f"{self._name}: sigma is {sigma.detach().flatten().tolist()[:8]}, {wanted}")
+
     def _check(self, x: Tensor, context: Context) -> None:
         batch, channels, height, width = x.shape
-        if batch == 0:
-            raise ValueError(f"{self._name}: x has shape {list(x.shape)}: a batch needs at least one sample")
+        if 0 in x.shape:
+            raise ValueError(
+                f"{self._name}: x has shape {list(x.shape)}: a batch needs at least one sample, of some size"
+            )
         if channels != self.channels or height % self.latent_factor or width % self.latent_factor:
             raise ValueError(
                 f"{self._name}: x has shape {list(x.shape)}, expected [batch, {self.channels}, height, width] with a "

@@ -42,6 +42,8 @@ class Context:
 
     def _check_lengths(self, lengths: Tensor) -> None:
         batch, tokens, _ = self.features.shape
+        if not isinstance(lengths, Tensor):
+            raise TypeError(f"Context: lengths are {type(lengths).__name__}, expected a tensor of integers on the CPU")
         if lengths.dim() not in (1, 2) or len(lengths) != batch:
             raise ValueError(
                 f"Context: lengths have shape {list(lengths.shape)}, expected [{batch}] or [{batch}, segments]"
@@ -90,12 +92,8 @@ class Context:
     def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Context:
         """Some samples of the batch: a slice, or a list or tensor of indices. Trailing padding that nobody needs is
         cut."""
-        if isinstance(index, int):
-            raise TypeError(
-                f"Context: index {index} names one sample; take a batch of one with [{index} : {index} + 1]"
-            )
         if not isinstance(index, slice):
-            index = torch.as_tensor(index, dtype=torch.int64)
+            index = self._indices(index)
 
         def take(tensor: Tensor) -> Tensor:
             return tensor[index] if isinstance(index, slice) else tensor[index.to(tensor.device)]
@@ -113,6 +111,24 @@ class Context:
             vision=tuple(map(take, self.vision)),
         )
 
+    def _indices(self, index: Sequence[int] | Tensor | int) -> Tensor:
+        found = torch.as_tensor(index)
+        if found.dim() == 0:
+            raise TypeError(
+                f"Context: index {found.item()} names one sample; take a batch of one with [{found.item()} : "
+                f"{found.item()} + 1]"
+            )
+        if found.dtype == torch.bool and found.shape == (self.batch,):
+            return found.nonzero().squeeze(1)
+        if found.numel() == 0:
+            return found.to(torch.int64)  # of an empty list, which has no dtype of its own
+        if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
+            raise TypeError(
+                f"Context: given indices of shape {list(found.shape)} and dtype {found.dtype}, expected a slice, whole "
+                f"numbers, or a mask of {self.batch} booleans"
+            )
+        return found.to(torch.int64)
+
     def repeat(self, times: int) -> Context:
         """Every sample `times` times, one after the other: [a, b] becomes [a, a, b, b]."""
         return self[torch.arange(self.batch).repeat_interleave(times)]
@@ -120,6 +136,8 @@ class Context:
     @staticmethod
     def cat(contexts: Sequence[Context]) -> Context:
         """One batch of several, padded to the longest."""
+        if not contexts:
+            raise ValueError("Context.cat: there are no contexts, expected at least one")
         first = contexts[0]
         for other in contexts[1:]:
             first._check_joins(other)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .backbone import Backbone
+from .backbone import Backbone, need_backbone
 from .context import Context
 
 
@@ -56,6 +56,7 @@ class Discriminator(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        need_backbone("Discriminator", backbone)
         count = len(backbone.blocks())
         self.blocks = default_blocks(count) if blocks is None else tuple(blocks)
         wrong = [index for index in self.blocks if not 0 <= index < count]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import AdapterBase
-from .backbone import Backbone
+from .backbone import Backbone, need_backbone
 from .context import Context
 
 
@@ -30,6 +30,7 @@ class FakeScore(nn.Module):
         """A trainable copy of a backbone, or the adapter "fake_score" on an AdapterBase."""
         if isinstance(teacher, AdapterBase):
             return cls(teacher.add("fake_score", rank=rank, alpha=alpha, generator=generator))
+        need_backbone("FakeScore", teacher)
         return cls(copy.deepcopy(teacher).requires_grad_(True))
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:

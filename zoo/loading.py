@@ -47,6 +47,8 @@ def load_backbone(
         revision: of the hub repository.
         embedded_guidance: for FLUX.2 models that were distilled with a guidance input.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"load_backbone: dtype is {dtype!r}, expected a torch.dtype such as torch.bfloat16")
     folder = Path(path).expanduser()
     local = folder.is_dir()
     path = folder if local else path
@@ -78,8 +80,8 @@ def _config(path: str | Path, subfolder: str | None, revision: str | None, local
         except OSError as error:
             where = f"{path}/{subfolder}" if subfolder else str(path)
             raise OSError(
-                f"load_backbone: config.json of {where} could not be had from the hub or its cache; a folder that "
-                f"holds the model does as well. {error}"
+                f"load_backbone: there is no folder {path} here, and config.json of {where} could not be had from the "
+                f"hub or its cache. {error}"
             ) from error
     file = Path(path, subfolder or "", "config.json")
     if not file.is_file():

@@ -87,8 +87,12 @@ def load_student(
     if "base" in facts:
         place, subfolder = facts["base"]
         place = pipeline_path(place) if base is None else base
-        adapters = AdapterBase(load(place, subfolder))
-        _check_base(facts.get("base_weights"), adapters.base_weights, folder, f"{place}/{subfolder}", dtype)
+        # float16 does not hold the small numbers of the other dtypes, and would make another fingerprint of them.
+        first = torch.float32 if dtype == torch.float16 else dtype
+        network = load_backbone(place, dtype=first, device=device, fused=fused, subfolder=subfolder)
+        adapters = AdapterBase(network)
+        _check_base(facts.get("base_weights"), adapters.base_weights, folder, f"{place}/{subfolder}")
+        network.model.to(dtype)
         for name in dict.fromkeys(names):
             view = adapters.add(name, rank=facts["rank"], alpha=facts["alpha"])
             view.load_state_dict(load_file(folder / f"{name}.safetensors"))
@@ -101,10 +105,8 @@ def load_student(
     return student.eval()
 
 
-def _check_base(trained_on: str | None, found: str | None, folder: Path, place: str, dtype: torch.dtype) -> None:
+def _check_base(trained_on: str | None, found: str | None, folder: Path, place: str) -> None:
     """Adapters fit any base of the shape of theirs, and mean something on their own alone."""
-    if dtype == torch.float16:
-        return  # it does not hold the small numbers of the other dtypes, so its fingerprint is another one
     if trained_on is not None and trained_on != found:
         raise ValueError(
             f"load_student: the adapters in {folder} were trained on other weights than those in {place} (fingerprint "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import AdapterBase
-from .backbone import Backbone
+from .backbone import Backbone, need_backbone
 from .context import Context
 from .sampling import check_grid, euler, sigma_grid
 
@@ -39,6 +39,8 @@ class Student(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: sigmas begin at {self.sigmas[0]}, expected 1: a student starts from noise"
             )
+        for network in networks:
+            need_backbone(type(self).__name__, network)
         self.networks = nn.ModuleList(networks)
 
     @property
@@ -105,6 +107,7 @@ class TwoStepStudent(Student):
             raise TypeError(
                 f"TwoStepStudent: kind={kind!r} copies the teacher, and was given an AdapterBase: use kind='adapters'"
             )
+        need_backbone("TwoStepStudent", teacher)
         first = copy.deepcopy(teacher).requires_grad_(True)
         second = first if kind == "shared" else copy.deepcopy(teacher).requires_grad_(True)
         return cls(first, second, sigmas=sigmas)

@@ -121,8 +121,8 @@ class Teacher:
         negative: Context | None = None,
     ) -> Tensor:
         """The guided clean prediction x - sigma v."""
-        level = torch.as_tensor(sigma, device=x.device).float()
         v = self.velocity(x, sigma, context, guidance=guidance, negative=negative)
+        level = torch.as_tensor(sigma, device=x.device, dtype=v.dtype)
         return x - level.view(-1, 1, 1, 1) * v
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ changes the last bits only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..arguments import usable_device
 from .autoencoder import Autoencoder, load_autoencoder
 from .context import Context
 from .encoders import TextEncoder, load_text_encoder
@@ -119,7 +121,9 @@ def load_text_to_image(
             guidance are those of its run's samples, unless they are given.
         subfolder: where in a pipeline the transformer lies, if not in `transformer`; a student takes none either.
     """
-    _check_device(device)
+    device = usable_device(device, "load_text_to_image: the device")
+    if not math.isfinite(1.0 if guidance is None else guidance):
+        raise ValueError(f"load_text_to_image: guidance is {guidance}, expected a number; 1 is none")
     student = student_folder(path)
     facts = {} if student is None else student_facts(student)
     sampler = facts.get("sampler")
@@ -159,7 +163,8 @@ def load_text_to_image(
                 f"leaves when it is finished: the same train command goes on)"
             )
         if steps is None:
-            raise ValueError(f"load_text_to_image: {path} is a pipeline; say how many steps it is to take")
+            what = "a pipeline" if folder.is_dir() else "no folder here, and so a pipeline of the hub's"
+            raise ValueError(f"load_text_to_image: {path} is {what}; say how many steps it is to take")
         network = load_backbone(pipeline, dtype=dtype, device=device, fused=fused, subfolder=subfolder)
         network.requires_grad_(False)
     if network is not None:
@@ -178,15 +183,3 @@ def load_text_to_image(
     if isinstance(model, Teacher) and guidance != 1:
         model.negative = text_encoder.encode([""]).to(device)
     return TextToImage(text_encoder, autoencoder, model)
-
-
-def _check_device(device: torch.device | str) -> None:
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"load_text_to_image: the device is {str(device)!r}, expected cpu, cuda or cuda:N") from None
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"load_text_to_image: the device is {device}, and torch {torch.__version__} sees "
-            f"{torch.cuda.device_count()} GPUs"
-        )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -154,6 +155,45 @@ def test_images_of_a_folder_come_with_their_captions(tmp_path: Path) -> None:
     Image.new("RGB", (32, 64)).save(tmp_path / "3.png")
     with pytest.raises(ValueError, match=r"3.png is 64 x 32, and .*0.png is 64 x 64"):
         read_images(Subject("a", str(tmp_path)).images)
+
+
+def test_images_are_read_as_they_are_shown_or_refused_by_name(tmp_path: Path) -> None:
+    half = np.zeros((64, 64, 4), dtype=np.uint8)
+    half[:, :32] = (255, 0, 0, 255)
+    Image.fromarray(half).save(tmp_path / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(half[..., :3]).save(tmp_path / "turned.jpg", exif=exif, quality=100)
+    clear, turned = read_images(sorted(tmp_path.iterdir())).images
+    assert clear[:, 5, 5].tolist() == [255, 0, 0] and clear[:, 5, 60].tolist() == [255, 255, 255]
+    assert turned[0, 5, 60] > 200 and turned[0, 60, 60] < 50  # the left half stands above
+    Image.fromarray(np.full((64, 64), 20000, dtype=np.uint16)).save(tmp_path / "z.png")
+    with pytest.raises(ValueError, match=r"z\.png has pixels of mode I;16"):
+        read_images([tmp_path / "z.png"])
+    (tmp_path / "z.png").write_bytes((tmp_path / "clear.png").read_bytes()[:120])
+    with pytest.raises(ValueError, match=r"z\.png is damaged"):
+        read_images([tmp_path / "z.png"])
+    (tmp_path / "clear.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"clear\.txt is not UTF-8"):
+        read_images([tmp_path / "clear.png"])
+
+
+def test_numbers_that_no_pixel_can_be_are_an_error() -> None:
+    images = torch.zeros(3, 3, 4, 4)
+    images[1, 0, 2, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"1 of 3 images hold numbers that are not finite \(rows \[1\]\)"):
+        to_bytes(images)
+
+
+def test_a_damaged_piece_is_drawn_anew(pipeline: Path, tmp_path: Path) -> None:
+    model, order = load_text_to_image(pipeline, steps=1, dtype=torch.float32), Order(("a ring",), (1,))
+    subject = Subject("a", str(pipeline), {"steps": 1})
+    (drawn,) = draw_once(subject, lambda: model, [order], tmp_path, dtype=torch.float32)
+    (piece,) = tmp_path.iterdir()
+    for damaged in (b"", piece.read_bytes()[:50], bytes(200)):
+        piece.write_bytes(damaged)
+        (again,) = draw_once(subject, lambda: model, [order], tmp_path, dtype=torch.float32)
+        assert torch.equal(again.images, drawn.images)
 
 
 def test_a_caption_is_read_from_the_png_where_no_text_lies_beside_it(tmp_path: Path) -> None:
@@ -399,6 +439,25 @@ def test_a_folder_of_images_is_a_subject(tmp_path: Path) -> None:
         study([Subject("drawings", str(tmp_path))], Settings(tmp_path / "out", **{**SMALL, "images": 13}))
 
 
+def test_mistakes_with_folders_of_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(drawings(0, 12), tmp_path / "images")
+    (tmp_path / "empty").mkdir()
+    words = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    for subject, out, message in (
+        ("images@steps=4,guidance=3", "out", "is a folder of images, which takes no steps, guidance"),
+        ("empty", "out", "holds no images (.png, .jpg"),
+        ("images", "images/report", "in the folder of the images images: give another folder"),
+    ):
+        assert main(["evaluate", f"{tmp_path}/{subject}", *words, "--out", str(tmp_path / out)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_dollar_in_a_name_is_a_dollar(tmp_path: Path) -> None:
+    save(drawings(0, 12), tmp_path / "images")
+    report = study([Subject(r"x$\foo$", str(tmp_path / "images"))], Settings(tmp_path / "out", **SMALL))
+    assert report.write(tmp_path / "report")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -407,6 +466,11 @@ def test_a_folder_of_images_is_a_subject(tmp_path: Path) -> None:
         (["a=x@steps=2", "--prompts", "p.txt"], "--reference and --features not given"),
         (["a=/none@steps=2"], "there is no folder /none"),
         (["a=x@stps=2"], "is not one of steps"),
+        (["real images=x@steps=2"], "is the name of the row of real images"),
+        (["a=x@steps=2", "--clip", "/none"], "--clip is /none, and there is no such file or folder"),
+        (["a=x@steps=2", "--size", "96", "96"], "--size is 96 96, and the miniature's judge reads images of 64 64"),
+        (["a=x@steps=2", "--device", "mps"], "--device is 'mps', expected cpu, cuda or cuda:N"),
+        (["a=x/y"], "x/y is no folder here, and so a pipeline of the hub's; say how many steps"),
     ],
 )
 def test_mistakes_are_explained(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, Flux2KleinPipeline, ZImagePipeline
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, ZImagePipeline, ZImageTransformer2DModel
 
 from tests.train import tiny_runs
+from tests.train.run_server import Server
 from twostep.cli import main
-from twostep.export import ExportFailed, export_folder, folder
+from twostep.export import ExportFailed, export_folder, export_single_file, folder
 from twostep.export.fresh_process import relative
 from twostep.export.merging import merged
 from twostep.zoo import load_student, load_text_to_image
@@ -46,6 +48,30 @@ def test_stock_diffusers_draws_the_students_images(
     assert (
         facts["method"] == "dp_dmd" and facts["sigmas"] == list(student.model.sigmas) and facts["bytes"] == made.bytes
     )
+
+
+def test_adapters_that_hardly_differ_leave_in_bfloat16(places: dict[str, tiny_runs.Place], tmp_path: Path) -> None:
+    """Then rounding what they stand on is all that is lost, and it is what is allowed."""
+    recipe = tiny_runs.recipe(places["z-image"], "dp_dmd", "lora", tmp_path / "run", iterations=1, ema=None)
+    recipe["optimizers"]["generator"]["lr"] = 1e-6
+    server = Server()
+    try:
+        assert server.run(recipe)[0] == [0]
+    finally:
+        server.close()
+    for number, dtype in enumerate((torch.bfloat16, torch.float16)):
+        made = export_folder(tmp_path / "run", tmp_path / f"folder {number}", dtype=dtype)
+        assert 1e-5 < made.rounding < 0.1
+        assert export_single_file(tmp_path / "run", tmp_path / f"file {number}", dtype=dtype).rounding > 1e-5
+    other = tmp_path / "other"
+    shutil.copytree(places["z-image"].model, other)
+    network = ZImageTransformer2DModel.from_pretrained(other, subfolder="transformer")
+    next(network.parameters()).data += 1
+    network.save_pretrained(other / "transformer")
+    for dtype in (torch.float16, torch.bfloat16):
+        load_student(tmp_path / "run", dtype=dtype)
+        with pytest.raises(ValueError, match="were trained on other weights"):
+            load_student(tmp_path / "run", base=other, dtype=dtype)
 
 
 @pytest.mark.parametrize("per_step", [True, False])

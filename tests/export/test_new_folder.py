@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,28 @@ def test_it_takes_the_old_ones_place_or_leaves_it(tmp_path: Path, monkeypatch: p
     with new_folder(target) as new:
         (new / "second").touch()
     assert [path.name for path in target.iterdir()] == ["second"] and list(tmp_path.iterdir()) == [target]
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    for overwrite, message in ((False, "is there already"), (True, "holds no export")):
+        assert target_of(target, overwrite) == target
+        check = partial(target_of, target, overwrite)
+        context = new_folder(target, check)
+        (context.__enter__() / "export.json").touch()
+        target.mkdir()
+        (target / "thesis.txt").write_text("mine")
+        with pytest.raises(ValueError, match=message):
+            context.__exit__(None, None, None)
+        assert (target / "thesis.txt").read_text() == "mine" and list(tmp_path.iterdir()) == [target]
+        (target / "thesis.txt").unlink()
+        target.rmdir()
+
+
+def test_where_something_is_mounted_nothing_can_be_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(ValueError, match="is where something is mounted"):
+        target_of(tmp_path, True)
 
 
 def test_others_may_read_it_as_the_umask_has_it(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_logits_are_averaged_bounded_and_data() -> None:
     weight = losses.f_divergence_weight(logit, "forward_kl")
     assert not weight.requires_grad
     torch.testing.assert_close(weight, logit.detach().mean((1, 2)).exp())
+    several = losses.f_divergence_weight(torch.tensor([[100.0, -2.0]]), "forward_kl", max_logit=3.0)
+    assert several.log().item() == pytest.approx(0.5)  # of each logit, and not of their mean
     bounded = losses.f_divergence_weight(torch.tensor([-9.0, 0.0, 9.0]), "forward_kl", max_logit=2.0)
     torch.testing.assert_close(bounded, torch.tensor([-2.0, 0.0, 2.0]).exp())
     assert losses.f_divergence_weight(torch.ones(2, dtype=torch.bfloat16), "jeffreys").dtype == torch.float32

@@ -18,6 +18,7 @@ from torch import Tensor
 from twostep.train.checkpoint import Store
 from twostep.train.engine import Run
 from twostep.train.journal import read_events, read_metrics
+from twostep.train.result import gone_on
 from twostep.train.update import Updater
 
 from . import run_server, tiny_runs
@@ -197,6 +198,17 @@ def test_another_method_does_not_go_on(server: Server, place: tiny_runs.Place, t
     other = tiny_runs.recipe(place, "dp_dmd", "full", tmp_path, seed=1)
     statuses, printed = server.run(other)
     assert statuses == [2] and "seed: 0 in the checkpoint, 1 now" in printed
+
+
+def test_a_student_whose_run_has_gone_on_is_said_to_be_the_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "student.json").write_text('{"iteration": 60}')
+    assert gone_on(tmp_path) is None, "an export, with no journal beside it"
+    events = ['{"event": "saved", "iteration": 60}', '{"event": "finished", "iteration": 60}']
+    for later, expected in (("", None), ('{"event": "saved", "iteration": 72}', "has gone on to iteration 72")):
+        (tmp_path / "events.jsonl").write_text("".join(f"{line}\n" for line in [*events, later] if line))
+        found = gone_on(tmp_path / "student")
+        assert found == expected or (found is not None and expected in found and "still that of 60" in found)
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from twostep.zoo import AdapterBase, AdapterView, Discriminator, FakeScore, Teacher, TwoStepStudent
+from twostep.zoo.adapters import TARGETS
 
 from .models import Batch, Case, batch_of, call_stock, flux2, fused_backbone, relative_error, stock_model, z_image
 
@@ -201,8 +207,62 @@ def test_wrong_adapters_are_explained(case: Case) -> None:
         roles.add("a.b")
     with pytest.raises(ValueError, match="rank is 0"):
         roles.add("b", rank=0)
+    with pytest.raises(ValueError, match=r"rank is 2\.5"):
+        roles.add("b", rank=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="alpha is nan"):
+        roles.add("b", alpha=math.nan)
+    for again in (roles.backbone, roles.base):
+        with pytest.raises(ValueError, match="belongs to an AdapterBase already"):
+            AdapterBase(again)
+    with pytest.raises(TypeError, match=r"given Teacher, expected a Backbone: pass its \.backbone"):
+        AdapterBase(Teacher(roles.base))  # type: ignore[arg-type]
+    other = fused_backbone(case)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=TARGETS[other.family]), other.model, "theirs")
     with pytest.raises(ValueError, match="has LoRA layers already"):
-        AdapterBase(roles.backbone)
+        AdapterBase(other)
+
+
+def test_checkpoints_around_blocks_that_would_recompute_without_the_adapter_are_refused(case: Case) -> None:
+    roles, batch = AdapterBase(fused_backbone(case)), batch_of(case)
+    view = roles.add("a", rank=2)
+    blocks = next(m for m in roles.backbone.model.children() if isinstance(m, nn.ModuleList) and m[0] in view.blocks())
+    blocks[0] = checkpoint_wrapper(blocks[0])
+    with pytest.raises(ValueError, match=r"call enable_gradient_checkpointing\(\) of the role"):
+        view.velocity(batch.x, batch.sigma, batch.context)
+
+
+def test_two_threads_on_one_base_are_an_error_and_not_wrong_numbers(case: Case) -> None:
+    roles, batch = AdapterBase(fused_backbone(case)), batch_of(case)
+    view, inside, go_on = roles.add("a", rank=2), threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        inside.set()
+        assert go_on.wait(60)
+
+    handle = view.blocks()[0].register_forward_pre_hook(wait)
+    other = threading.Thread(target=view.velocity, args=(batch.x, batch.sigma, batch.context))
+    other.start()
+    assert inside.wait(60)
+    try:
+        with pytest.raises(RuntimeError, match="two threads use roles of one base at once"):
+            roles.base.velocity(batch.x, batch.sigma, batch.context)
+    finally:
+        handle.remove()
+        go_on.set()
+        other.join()
+    view.velocity(batch.x, batch.sigma, batch.context)  # one after the other
+
+
+def test_an_adapters_parameters_are_found_by_their_names(case: Case) -> None:
+    roles, batch = AdapterBase(fused_backbone(case)), batch_of(case)
+    view = roles.add("a", rank=2)
+    perturb(view, 1)
+    named = dict(view.named_parameters())
+    assert all(view.get_parameter(name) is parameter for name, parameter in named.items())
+    arguments = batch.x, batch.sigma, batch.context
+    nothing = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+    base = torch.func.functional_call(view, nothing, arguments)
+    assert torch.equal(base, roles.base(*arguments)) and not torch.equal(base, view(*arguments))
 
 
 def test_a_role_that_holds_an_adapter_has_its_parameters(case: Case) -> None:

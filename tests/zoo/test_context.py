@@ -21,7 +21,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("index", [slice(1, 3), [2, 0], torch.tensor([1, 1, 2])])
+@pytest.mark.parametrize("index", [slice(1, 3), [2, 0], torch.tensor([1, 1, 2]), [-1, 0]])
 def test_indexing_takes_samples_and_cuts_padding(index: object) -> None:
     context = example([3, 7, 5], references=(torch.randn(3, 4, 2, 2),))
     part = context[index]
@@ -84,6 +84,20 @@ def test_contexts_of_two_encoders_do_not_mix() -> None:
 def test_contexts_that_make_no_sense_are_refused(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Context(*arguments)
+
+
+def test_a_mask_takes_what_it_is_true_for() -> None:
+    context = example([3, 7, 5])
+    for mask in ([True, False, True], torch.tensor([True, False, True])):
+        assert same(rows(context[mask]), [rows(context)[i] for i in (0, 2)])
+    for wrong in ([True, False], torch.tensor([0.0, 2.0]), torch.zeros(1, 1, dtype=torch.int64)):
+        with pytest.raises(TypeError, match="expected a slice, whole numbers, or a mask of 3 booleans"):
+            context[wrong]
+    assert context[[]].batch == 0
+    with pytest.raises(TypeError, match="lengths are list"):
+        Context(torch.zeros(2, 5, 4), lengths=[5, 5])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="there are no contexts"):
+        Context.cat([])
 
 
 def test_one_index_is_ambiguous() -> None:

@@ -28,6 +28,12 @@ def test_velocity_and_clean_prediction_belong_together(case: Case) -> None:
         v = backbone.velocity(batch.x, batch.sigma, batch.context)
         clean = backbone.clean(batch.x, batch.sigma, batch.context)
         assert torch.equal(clean, batch.x - batch.sigma.view(-1, 1, 1, 1) * v)
+        low = batch.x.bfloat16()
+        v = backbone.velocity(low, 0.9545, batch.context)
+        exact = low.double() - 0.9545 * v.double()  # sigma is not rounded to what x is in
+        for role in (backbone, Teacher(backbone)):
+            assert role.clean(low, 0.9545, batch.context).dtype == torch.float32
+        assert relative_error(backbone.clean(low, 0.9545, batch.context), exact) < 1e-6
         one = backbone.velocity(batch.x, 0.3, batch.context)
         assert torch.equal(one, backbone.velocity(batch.x, torch.tensor([0.3, 0.3]), batch.context))
 
@@ -189,7 +195,11 @@ def test_a_fake_score_begins_as_its_teacher_and_is_trained(case: Case) -> None:
         ),
         (lambda b: {"x": b.x[0]}, r"x is \[\d+, \d+, \d+\], expected one tensor"),
         (lambda b: {"sigma": torch.rand(3)}, r"sigma has shape \[3\], expected a number or \[2\]"),
-        (lambda b: {"sigma": 1.5}, r"sigma is 1\.5, expected a number from 0 \(clean\) to 1 \(noise\)"),
+        (lambda b: {"sigma": 1.5}, r"sigma is 1\.5, expected numbers from 0 \(clean\) to 1 \(noise\)"),
+        (lambda b: {"sigma": torch.tensor([750.0, 0.5])}, r"sigma is \[750\.0, 0\.5\], expected numbers from 0"),
+        (lambda b: {"sigma": torch.tensor([1, 0])}, r"sigma has dtype torch\.int64"),
+        (lambda b: {"sigma": [0.5, 0.5]}, r"sigma is list, expected numbers"),
+        (lambda b: {"x": b.x[:, :, :0]}, r"a batch needs at least one sample, of some size"),
         (lambda b: {"sigma": float("nan")}, "sigma is nan"),
         (lambda b: {"x": b.x.to(torch.uint8)}, r"x is torch\.uint8, expected a floating-point dtype"),
         (lambda b: {"context": b.context[:1]}, r"context has 1 samples and x has 2; repeat"),

@@ -21,18 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from ...images import ENDINGS, decoded, size_of
 from .order import BucketOrder
 from .prompts import is_text
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 METADATA = "metadata.jsonl"
 _SHOWN = 5
-_ROTATION = 0x0112  # EXIF's tag; 5 and more exchange width and height
-_ROTATIONS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow finds it in a PNG
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel at most
 
 
 def bucket_sizes(area: int, factor: int, max_aspect: float = 2.0) -> list[tuple[int, int]]:
@@ -86,7 +83,7 @@ class ImageFolder:
         places: dict[int, list[int]] = {}
         for number, entry in enumerate(self.entries):
             try:
-                places.setdefault(nearest_bucket(*_size(entry.path), sizes), []).append(number)
+                places.setdefault(nearest_bucket(*size_of(entry.path), sizes), []).append(number)
             except ValueError as error:
                 problems.append(str(error))
         _raise(self.folder, problems)
@@ -100,7 +97,7 @@ class ImageFolder:
         entries, problems = _entries(Path(folder).expanduser())
         for entry in entries:
             try:
-                _decode(entry.path)
+                decoded(entry.path)
             except ValueError as error:
                 problems.append(str(error))
         return problems
@@ -112,7 +109,7 @@ class ImageFolder:
         """One image at its bucket's size."""
         if not 0 <= number < len(self):
             raise IndexError(f"image folder: number {number} was asked for, and {self.folder} has {len(self)}")
-        return fit(_decode(self.entries[number].path), *self.sizes[self._bucket[number]])
+        return fit(decoded(self.entries[number].path), *self.sizes[self._bucket[number]])
 
     def caption(self, number: int) -> str:
         return self.entries[number].caption
@@ -259,39 +256,3 @@ def _raise(folder: Path, problems: list[str]) -> None:
     )
     listed = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
     raise ValueError(f"image folder: {folder} has {len(problems)} files to repair or remove:{listed}{more}")
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
-    if image.mode not in _MODES:
-        raise ValueError(f"{path} has pixels of mode {image.mode}, expected 8 bits a channel; convert it to RGB")
-    return image
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """(height, width) as it is shown, from the header alone."""
-    with _open(path) as image:
-        # Pillow decodes a whole PNG to look for EXIF behind the pixels, where hardly anybody writes it. One that has it
-        # there is still shown upright; only its bucket is that of the pixels as they are stored.
-        behind = image.format == "PNG" and not any(name in image.info for name in _ROTATIONS)
-        try:
-            turned = not behind and image.getexif().get(_ROTATION, 1) >= 5
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-        return (image.width, image.height) if turned else (image.height, image.width)
-
-
-def _decode(path: Path) -> Image.Image:
-    with _open(path) as image:
-        try:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PNG's are SyntaxErrors
-            raise ValueError(f"{path} is damaged: {error}") from None
-        if not upright.has_transparency_data:
-            return upright.convert("RGB")
-        clear = upright.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")

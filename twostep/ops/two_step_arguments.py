@@ -16,12 +16,18 @@ MODES = ("recompute", "retain", "plain")
 
 def velocity(name: str, step: Step, state: Tensor, noise: Tensor) -> Tensor:
     version = None if state.is_inference() else state._version
-    v = step(state)
+    in_place = (
+        f"{OP}: {name} changes its input in place, which is read again after it: let it work on a copy, as in "
+        "lambda x: model(x.clone())"
+    )
+    try:
+        v = step(state)
+    except RuntimeError as error:
+        if "a leaf Variable that requires grad is being used in an in-place operation" in str(error):
+            raise ValueError(in_place) from error
+        raise
     if version is not None and state._version != version:
-        raise ValueError(
-            f"{OP}: {name} changes its input in place, which is read again after it: let it work on a copy, as in "
-            "lambda x: model(x.clone())"
-        )
+        raise ValueError(in_place)
     if not isinstance(v, Tensor):
         raise TypeError(
             f"{OP}: {name} returned {type(v).__name__}, expected a tensor; wrap it, as in lambda x: model(x).sample"

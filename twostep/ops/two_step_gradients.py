@@ -166,9 +166,9 @@ def outer_graphs_explained() -> Iterator[None]:
         if "backward through the graph a second time" not in str(error):
             raise
         raise RuntimeError(
-            f"{OP}: both steps use a tensor that was made with a graph outside of them, or was kept from the one to "
-            "the other (a projected context, a weight in parametrize.cached), and its graph is gone after step 2's "
-            "backward. Make it inside each step, or use mode='plain'"
+            f"{OP}: both steps, or both losses, use a tensor that was made with a graph outside of them, or was kept "
+            "from the one to the other (a projected context, a weight in parametrize.cached, a learned factor), and "
+            "its graph is gone after step 2's backward. Make it inside each, or use mode='plain'"
         ) from error
 
 
