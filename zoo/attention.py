@@ -1,17 +1,16 @@
 """Attention of the fused blocks: how its module is called, diffusers' dispatch, and one detour on the CPU.
 
 On a CPU, PyTorch's fused attention has a slow backward in bfloat16, also where the processor multiplies bfloat16
-matrices fast. Two matrix products and a softmax are then the better choice for short sequences, although they store the
-probabilities. Forward and backward in ms, torch 2.13.0, fused / plain, on 2 threads of a Xeon with AMX
+matrices fast. Two matrix products and a softmax in float32 are then the better choice for short sequences, although
+they store the probabilities; and they are nearer to the truth (gradients 1.7e-3 off, fused 2.6e-3 to 3.4e-3). Products in
+bfloat16 are not: 6e-3, in a trained model several times that. Forward and backward in ms, torch 2.13.0, 2 threads of
+a Xeon with AMX, fused / plain
 
-    32 x  96 x  4 x  32    16.6 /  2.3        8 x 288 x 8 x 64    22.5 / 10.2
-    16 x 160 x  4 x  64    15.9 /  3.7        4 x 576 x 8 x 64    42.5 / 22.7       2 x 1152 x 30 x 128   317 / 586
+    32 x  96 x 4 x 32    14.9 / 4.2        8 x 288 x 8 x 64    19.2 / 25.9
+    16 x 160 x 4 x 64    13.9 / 8.4        4 x 576 x 8 x 64    39.1 / 94.8
 
-and of an EPYC without it, whose products in bfloat16 are slower than those in float32:
-
-    32 x  96 x  4 x  32    25.9 / 98.2        8 x 288 x 8 x 64     359 /  723
-
-In float32 neither wins (EPYC: 6.7 / 6.7 and 43.8 / 48.8): what diffusers chooses runs.
+Without AMX that has not been measured, and in float32 neither wins (EPYC: 6.7 / 6.7 and 43.8 / 48.8): what diffusers
+chooses runs.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
-PLAIN_UP_TO = 640  # tokens, between the last two measurements of the Xeon above
-FAST_BFLOAT16 = torch.cpu._is_amx_tile_supported()  # no AMX, no gain: the measurements of the EPYC above
+PLAIN_UP_TO = 192  # tokens, between the second and the third measurement above
+FAST_BFLOAT16 = torch.cpu._is_amx_tile_supported()
 _OF_ALL_MODULES = (
     torch_module._global_forward_pre_hooks,
     torch_module._global_forward_hooks,

@@ -404,7 +404,7 @@ def test_a_graph_outside_the_steps_that_both_use_is_explained(mode: str) -> None
         return lambda x: net(x + context)
 
     step = made()
-    with pytest.raises(RuntimeError, match=r"Make it inside each step, or use mode='plain'"):
+    with pytest.raises(RuntimeError, match=r"Make it inside each, or use mode='plain'"):
         _unroll(step, step, steps.noise(), mode)
     step = made()
     _unroll(step, step, steps.noise(), "plain")

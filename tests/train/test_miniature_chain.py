@@ -76,7 +76,11 @@ def test_every_part_comes_from_its_own_stage(made: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_larger_sister_has_the_packages_other_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_larger_sister_has_the_packages_other_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "VARIETY", (2, 2))
+    monkeypatch.setattr(stages, "MEASURED", {"teacher at 2": stages.MEASURED["teacher at 2"]})
     steps = ["--steps", "base=1", "--steps", "teacher=1"]
     quick = ["data={kind: shapes}", "batch=1", "watch={samples_every: null, evaluate: null}", "ema=null"]
     whole = ["--out", str(tmp_path), "--large", *steps, "--images", "8", *quick]

@@ -166,6 +166,7 @@ def adamw8bit_in_shards(recipe: dict[str, Any]) -> int:
         "few": (2, 2560),
         "v": (5000,),
     }
+    torch.compiler.set_stance("force_eager")  # a compilation for each shape takes seconds; a whole run has it, below
     with join(device="cpu", timeout=60, sharded=True, replicas=recipe["replicas"]) as ranks:
         mesh = ranks.mesh
         assert mesh is not None

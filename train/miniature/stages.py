@@ -50,6 +50,7 @@ MEASURED: dict[str, Mapping[str, Any]] = {
     "teacher at 8": {"steps": 8},
     "teacher at 2": {"steps": 2},
 }
+VARIETY = (32, 8)  # captions, and images of each, that diversity is measured on
 STAGES = ("autoencoder", "encoders", "base", "teacher", "weights")
 MADE_ALREADY = STAGES[:2]  # of the larger sister: the package's
 
@@ -194,7 +195,10 @@ class Chain:
         from ...evaluate.subjects import Subject
 
         subjects = [Subject(name, str(weights), dict(settings)) for name, settings in MEASURED.items()]
-        settings = Settings(self.out / "report", images=self.images, title="The miniature")
+        captions, seeds = VARIETY
+        settings = Settings(
+            self.out / "report", images=self.images, captions=captions, seeds=seeds, title="The miniature"
+        )
         report = study(subjects, settings)
         report.write(self.out / "report")
         rows = {
