@@ -263,6 +263,7 @@ def _caption(path: Path) -> str:
     text = path.with_suffix(".txt")
     if not text.is_file():
         with open_image(path) as image:
+            image.load()  # text may stand behind the pixels
             return str(image.info.get("prompt", "")).strip()
     try:
         return text.read_text(encoding="utf-8-sig").strip()

@@ -61,8 +61,10 @@ class Source:
         if base is not None and "base" not in facts and not extracting:
             raise ValueError(f"export: --base is {base}, and the student has whole weights, which stand on none")
         _check_precision(folder, facts["steps"])
-        if base is None and pipeline is not None and facts.get("base", [None])[0] == facts["pipeline"]:
-            base = pipeline  # the adapters stand on the moved pipeline's own transformer
+        stood_on = facts.get("base", [None])[0]
+        if base is None and pipeline is not None and stood_on == facts["pipeline"]:
+            # The adapters stand on the pipeline's own transformer, which has moved with it.
+            base = pipeline if Path(stood_on).is_absolute() and not Path(stood_on).is_dir() else None
         model = load_student(folder, base=base if "base" in facts else None, dtype=torch.float32, fused=False)
         _check_alike(model, facts["steps"])
         source = cls(folder, facts, model, base, pipeline, begun)

@@ -25,12 +25,16 @@ def add_interval(parser: argparse.ArgumentParser, what: str, says: str) -> None:
     )
 
 
-def usable_device(wanted: str | torch.device | None, name: str, local: int = 0) -> torch.device:
-    """The device of this name, which must be there; None: this process's GPU where there are any, else the CPU."""
+def usable_device(wanted: str | torch.device | None, name: str, local: int | None = None) -> torch.device:
+    """The device of this name, which must be there; None: a GPU where there are any, else the CPU.
+
+    Args:
+        local: the GPU that is this process's, for "cuda" alone; None: torch's current one.
+    """
     import torch
 
     if wanted is None:
-        return torch.device(f"cuda:{local}") if torch.cuda.is_available() else torch.device("cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(wanted)
     except RuntimeError:
@@ -41,9 +45,10 @@ def usable_device(wanted: str | torch.device | None, name: str, local: int = 0) 
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:
             raise ValueError(f"{name} is {str(wanted)!r}, and torch {torch.__version__} sees no GPU; `twostep doctor`")
-        device = torch.device(f"cuda:{local}") if device.index is None else device
+        if str(device) == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if local is None else local)
         if device.index >= count:
-            raise ValueError(f"{name} is {str(wanted)!r}, and there are {count} GPUs, from cuda:0 on")
+            raise ValueError(f"{name} is {str(wanted)!r}, here {device}, and torch sees {count} GPUs, from cuda:0 on")
     return device
 
 

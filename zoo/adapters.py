@@ -61,25 +61,28 @@ class Switch:
 
     @contextlib.contextmanager
     def on(self, name: str | None) -> Iterator[None]:
-        before = list(self.names)
-        self._enter()
+        before, counted = list(self.names), self._enter()
         self.names[:] = [] if name is None else [name]
         try:
             yield
         finally:
             self.names[:] = before
-            self._depth -= 1
+            if counted:
+                self._depth -= 1
 
-    def _enter(self) -> None:
-        if not torch.compiler.is_compiling():
-            mine = threading.get_ident()
-            if self._depth and self._thread != mine:
-                raise RuntimeError(
-                    "AdapterBase: two threads use roles of one base at once, and all of them look at one list of "
-                    "adapters: let them take turns (a lock around each call), or load a base for each"
-                )
-            self._thread = mine
+    def _enter(self) -> bool:
+        """Whether it was counted: what is compiled is not, since its side effects may come in parts."""
+        if torch.compiler.is_compiling():
+            return False
+        mine = threading.get_ident()
+        if self._depth and self._thread != mine:
+            raise RuntimeError(
+                "AdapterBase: two threads use roles of one base at once, and all of them look at one list of "
+                "adapters: let them take turns (a lock around each call), or load a base for each"
+            )
+        self._thread = mine
         self._depth += 1
+        return True
 
     def bound(self, block: Any) -> Any:
         """The block with today's adapter, to be run again later."""
@@ -132,7 +135,8 @@ class AdapterView(Backbone):
     def forward(
         self, x: Tensor, sigma: Tensor | float | Level, context: Context, taps: Sequence[int] | None = None
     ) -> Tensor | list[Tensor]:
-        if any(isinstance(block, CheckpointWrapper) for block in self.blocks()):
+        learns = self.adapter is not None and torch.is_grad_enabled()
+        if learns and any(isinstance(block, CheckpointWrapper) for block in self.blocks()):
             raise ValueError(
                 "AdapterView: a block is inside torch's checkpoint_wrapper, whose recomputation would run without the "
                 "adapter: take the wrapper off and call enable_gradient_checkpointing() of the role"

@@ -2,9 +2,9 @@
 
 On a CPU, PyTorch's fused attention has a slow backward in bfloat16, also where the processor multiplies bfloat16
 matrices fast. Two matrix products and a softmax in float32 are then the better choice for short sequences, although
-they store the probabilities; and they are nearer to the truth (gradients 1.7e-3 off, fused 2.6e-3 to 3.4e-3). Products in
-bfloat16 are not: 6e-3, in a trained model several times that. Forward and backward in ms, torch 2.13.0, 2 threads of
-a Xeon with AMX, fused / plain
+they store the probabilities; and they are nearer to the truth (gradients 1.7e-3 off, fused 2.6e-3 to 3.4e-3). Products
+in bfloat16 are not: 6e-3, in a trained model several times that. Forward and backward in ms, torch 2.13.0, 2 threads
+of a Xeon with AMX, fused / plain
 
     32 x  96 x 4 x 32    14.9 / 4.2        8 x 288 x 8 x 64    19.2 / 25.9
     16 x 160 x 4 x 64    13.9 / 8.4        4 x 576 x 8 x 64    39.1 / 94.8

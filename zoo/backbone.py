@@ -11,6 +11,7 @@ tables in float32 on their way into the blocks (the backbone casts what has to b
 
 from __future__ import annotations
 
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +37,7 @@ class Level:
 
 
 def need_backbone(owner: str, given: object) -> None:
-    if not isinstance(given, Backbone):
+    if not isinstance(getattr(given, "_orig_mod", given), Backbone):  # torch.compile's wrapper calls it
         inside = getattr(given, "backbone", None)
         hint = "pass its .backbone" if isinstance(inside, Backbone) else "load_backbone makes one"
         raise TypeError(f"{owner}: given {type(given).__name__}, expected a Backbone: {hint}")
@@ -166,10 +167,10 @@ class Backbone(nn.Module, ABC):
     def _check_sigma(self, sigma: object) -> None:
         """Numbers, and tensors whose values are at hand: those on a GPU are not waited for."""
         wanted = "expected numbers from 0 (clean) to 1 (noise)"
-        if not isinstance(sigma, (int, float, Tensor)):
+        if not isinstance(sigma, (numbers.Real, Tensor)):
             raise TypeError(f"{self._name}: sigma is {type(sigma).__name__}, {wanted}, one or a tensor")
         if not isinstance(sigma, Tensor):
-            if not -ROUNDING <= sigma <= 1 + ROUNDING:
+            if not -ROUNDING <= float(sigma) <= 1 + ROUNDING:
                 raise ValueError(f"{self._name}: sigma is {sigma}, {wanted}")
             return
         if not sigma.is_floating_point():

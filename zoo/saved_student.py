@@ -88,11 +88,11 @@ def load_student(
         place, subfolder = facts["base"]
         place = pipeline_path(place) if base is None else base
         # float16 does not hold the small numbers of the other dtypes, and would make another fingerprint of them.
-        first = torch.float32 if dtype == torch.float16 else dtype
-        network = load_backbone(place, dtype=first, device=device, fused=fused, subfolder=subfolder)
+        first, where = (torch.float32, "cpu") if dtype == torch.float16 else (dtype, device)
+        network = load_backbone(place, dtype=first, device=where, fused=fused, subfolder=subfolder)
         adapters = AdapterBase(network)
         _check_base(facts.get("base_weights"), adapters.base_weights, folder, f"{place}/{subfolder}")
-        network.model.to(dtype)
+        network.model.to(device, dtype)
         for name in dict.fromkeys(names):
             view = adapters.add(name, rank=facts["rank"], alpha=facts["alpha"])
             view.load_state_dict(load_file(folder / f"{name}.safetensors"))

@@ -256,7 +256,11 @@ class Findings:
             except FloatingPointError:
                 net.zero_grad()
                 for part in (net.trunk, *net.heads):
-                    part.reset_iter_state()  # type: ignore[attr-defined]
+                    if hasattr(part, "reset_iter_state"):  # torch 2.13; before, one more backward does it
+                        part.reset_iter_state()
+                    else:
+                        part(torch.zeros(1, WIDTH)).sum().backward()
+                net.zero_grad()
                 for _ in range(2):
                     ops.two_step_backward(*arguments, final_loss, mode=mode, sync=sync)  # type: ignore[arg-type]
                 self.found[f"heads {mode} after an error"] = distance(gradients([net]), results["plain"])

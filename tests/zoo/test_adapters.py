@@ -229,6 +229,9 @@ def test_checkpoints_around_blocks_that_would_recompute_without_the_adapter_are_
     blocks[0] = checkpoint_wrapper(blocks[0])
     with pytest.raises(ValueError, match=r"call enable_gradient_checkpointing\(\) of the role"):
         view.velocity(batch.x, batch.sigma, batch.context)
+    roles.base.velocity(batch.x, batch.sigma, batch.context)  # recomputed with every adapter off, as it ran
+    with torch.no_grad():
+        view.velocity(batch.x, batch.sigma, batch.context)
 
 
 def test_two_threads_on_one_base_are_an_error_and_not_wrong_numbers(case: Case) -> None:
@@ -251,6 +254,20 @@ def test_two_threads_on_one_base_are_an_error_and_not_wrong_numbers(case: Case) 
         go_on.set()
         other.join()
     view.velocity(batch.x, batch.sigma, batch.context)  # one after the other
+
+
+def test_a_compiled_role_runs_with_checkpointed_blocks(case: Case) -> None:
+    """Its blocks are recomputed outside of what is compiled."""
+    roles, batch = AdapterBase(fused_backbone(case)), batch_of(case)
+    view = roles.add("a", rank=2)
+    perturb(view, 1)
+    view.enable_gradient_checkpointing()
+    expected = view(batch.x, batch.sigma, batch.context)
+    torch.compiler.reset()
+    found = torch.compile(view, backend="eager")(batch.x, batch.sigma, batch.context)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert all(parameter.grad is not None for parameter in view.parameters())
 
 
 def test_an_adapters_parameters_are_found_by_their_names(case: Case) -> None:

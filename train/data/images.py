@@ -189,13 +189,12 @@ def _entries(folder: Path) -> tuple[list[Entry], list[str]]:
 def _files(folder: Path) -> list[Path]:
     """Those in it and below it, sorted; links to folders are followed, but not in a circle."""
     found: list[Path] = []
-    inside: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        inside.add(os.path.realpath(place))
+        above = {os.path.realpath(one) for one in (Path(place), *Path(place).parents)}
         folders[:] = [
             name
             for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) not in inside
+            if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) not in above
         ]
         found += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(path for path in found if path.is_file())

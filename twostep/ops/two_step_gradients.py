@@ -189,7 +189,8 @@ class Sync:
     """When parameters receive, and ranks exchange, what step 2 gives them.
 
     first_owners, second_owners: the modules that the steps certainly are; first_uses: all that step 1 may use.
-    held: FSDP2's groups of parameters whose gradients of step 2 wait, unreduced, for step 1's.
+    held: FSDP2's groups of parameters whose gradients of step 2 wait, unreduced, for step 1's; fresh: of them, those
+    that held nothing before.
     """
 
     policy: str | None
@@ -199,6 +200,7 @@ class Sync:
     first_uses: tuple[nn.Module, ...]
     second_uses: tuple[nn.Module, ...]
     held: list[Any] = field(default_factory=list)
+    fresh: list[Any] = field(default_factory=list)
 
     def join(self, graph: Graph, first_leaves: Sequence[Tensor] | None) -> bool:
         """Whether step 2's gradients wait for step 1's. first_leaves: the leaves of step 1's graph, if it is known."""
@@ -256,7 +258,10 @@ class Sync:
             )
         groups = dict.fromkeys(group for module in self._shared_modules() for group in _parameter_groups(module))
         flags = [(group, group.reduce_grads, group.all_reduce_grads) for group in groups]
-        self.held.extend(group for group in groups if group.reduce_grads)  # else its trainer accumulates, and goes on
+        # Those whose trainer accumulates stay his: switched off already, or holding what came before this call.
+        mine = [group for group in groups if group.reduce_grads]
+        self.held.extend(mine)
+        self.fresh.extend(group for group in mine if not any(map(_waits, group.fsdp_params)))
         for group in groups:
             group.reduce_grads = group.all_reduce_grads = False
         try:
@@ -272,7 +277,7 @@ class Sync:
         try:
             yield
         except BaseException:
-            for group in self.held:
+            for group in self.fresh:
                 _drop(group)
             raise
         for group in self.held:
