@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 FAULT, INTERRUPTED = 2, 130
 STREAM = 0x7E57  # of the miniature's captions and real images; what settings are chosen by is another
 SHOWN = 8  # images of a row
-MINIATURE_SIZE = (64, 64)
 CURVES = {"losses": "_loss", "gradients": "_gradient_norm"}  # of a run's numbers, by how their names end
 
 
@@ -135,11 +134,14 @@ class Settings:
             place = getattr(self, name)
             if place is not None and not Path(place).expanduser().exists():
                 raise ValueError(f"--{name} is {place}, and there is no such file or folder")
-        if self.is_miniature and self.size not in (None, MINIATURE_SIZE):
-            raise ValueError(
-                f"--size is {self.size[0]} {self.size[1]}, and the miniature's judge reads images of 64 64; for others "
-                f"give --prompts, --reference and --features"
-            )
+        if self.is_miniature and self.size is not None:
+            from ..zoo.miniature.shapes import SIDE
+
+            if self.size != (SIDE, SIDE):
+                raise ValueError(
+                    f"--size is {self.size[0]} {self.size[1]}, the miniature's judge reads images of {SIDE} {SIDE}; "
+                    f"for others give --prompts, --reference and --features"
+                )
         given = {"--prompts": self.prompts, "--reference": self.reference, "--features": self.features}
         missing = [name for name, value in given.items() if value is None]
         if 0 < len(missing) < len(given):

@@ -53,6 +53,18 @@ def test_it_distils_compares_and_goes_on(
     assert json.loads((out / "student" / "export.json").read_text())["iteration"] == 3
 
 
+def test_mistakes_are_told_before_anything_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for words, message in (
+        (["--images", "4"], "--images is 4, expected at least 8"),
+        (["iterations=x"], "iterations"),
+        (["--out", str(tmp_path / "file")], "File exists"),
+    ):
+        assert main(["demo", "--out", str(tmp_path / "out"), *words]) == 2
+        said = capsys.readouterr()
+        assert message in said.err and not (tmp_path / "out").exists() and "1 of 3" not in said.out + said.err
+
+
 def rows(student: dict[str, float], seconds: float) -> dict[str, Measured]:
     def row(name: str, values: dict[str, float], seconds: float) -> Measured:
         metrics = {metric: Interval(value, value, value, 0.95) for metric, value in values.items()}

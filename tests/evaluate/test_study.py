@@ -468,7 +468,7 @@ def test_a_dollar_in_a_name_is_a_dollar(tmp_path: Path) -> None:
         (["a=x@stps=2"], "is not one of steps"),
         (["real images=x@steps=2"], "is the name of the row of real images"),
         (["a=x@steps=2", "--clip", "/none"], "--clip is /none, and there is no such file or folder"),
-        (["a=x@steps=2", "--size", "96", "96"], "--size is 96 96, and the miniature's judge reads images of 64 64"),
+        (["a=x@steps=2", "--size", "96", "96"], "--size is 96 96, the miniature's judge reads images of 64 64"),
         (["a=x@steps=2", "--device", "mps"], "--device is 'mps', expected cpu, cuda or cuda:N"),
         (["a=x/y"], "x/y is no folder here, and so a pipeline of the hub's; say how many steps"),
     ],

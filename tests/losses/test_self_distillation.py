@@ -79,6 +79,7 @@ def test_velocity_form_does_not_depend_on_sigma() -> None:
         (-0.5, "velocity", ValueError, r"sigma is -0.5, expected a value in \(0, 1\]"),
         (900.0, "clean", ValueError, r"sigma is 900.0, .*a timestep in 0..1000"),
         (torch.tensor([0.5, 0.0]), "clean", ValueError, "sigma holds 0.0, expected values in"),
+        (torch.nn.Parameter(torch.tensor(5.0)), "clean", ValueError, "sigma holds 5.0, expected values in"),
         (torch.tensor([0.5, 0.5, 0.5]), "clean", ValueError, r"sigma has shape \[3\], expected \[2\]"),
         (True, "clean", TypeError, "sigma is bool, expected a number"),
     ],

@@ -353,6 +353,7 @@ def _shape(x: Tensor) -> Tensor:
         ({"noise": torch.tensor(1.0)}, ValueError, r"noise has shape \[\], expected \[batch, ...\]"),
         ({"noise": torch.zeros(0, 3, steps.WIDTH)}, ValueError, r"noise has shape \[0, 3, 12\], expected"),
         ({"first": lambda x: x.mul_(2)}, ValueError, "first changes its input in place"),
+        ({"second": lambda x: x.mul_(2)}, ValueError, "second changes its input in place"),
         ({"generators": torch.Generator()}, TypeError, "generators is Generator, expected a list"),
         ({"generators": [3]}, TypeError, "generators holds int, expected torch.Generator"),
         ({"scaler": 3}, TypeError, r"scaler is int, expected a torch\.amp\.GradScaler"),

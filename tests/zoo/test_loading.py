@@ -51,6 +51,12 @@ def test_dtypes(folder: Path) -> None:
         assert out.dtype == batch.x.dtype and bool(out.isfinite().all())
 
 
+def test_a_dtype_that_is_none_is_not_taken_for_float32(folder: Path) -> None:
+    for wrong in ("bfloat16", None, torch.int8):
+        with pytest.raises(TypeError, match=r"expected a torch\.dtype such as torch\.bfloat16"):
+            load_backbone(folder, dtype=wrong)  # type: ignore[arg-type]
+
+
 def test_weights_are_not_initialised_before_they_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Meta-device loading: a linear layer that is made with real memory and random numbers would call this."""
 

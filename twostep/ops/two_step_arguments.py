@@ -23,8 +23,8 @@ def velocity(name: str, step: Step, state: Tensor, noise: Tensor) -> Tensor:
     try:
         v = step(state)
     except RuntimeError as error:
-        if "a leaf Variable that requires grad is being used in an in-place operation" in str(error):
-            raise ValueError(in_place) from error
+        if state.requires_grad and "a leaf Variable that requires grad is being used in an in-place" in str(error):
+            raise ValueError(f"{in_place}. Or it is a parameter that {name} changes in place") from error
         raise
     if version is not None and state._version != version:
         raise ValueError(in_place)
