@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from twostep.bench import cases, report
+from twostep.tables import markdown
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 DIRECTIONS = ("forward", "backward")
@@ -98,7 +99,7 @@ def table(rows: Sequence[Row]) -> str:
         sizes = [f"{size / 1e6:.1f}" for size in (row.read, row.written, row.floor)]
         moved = f"{(row.read + row.written) / row.floor:.3f}"
         lines.append([row.op, row.shape, row.direction, str(row.kernels), *sizes, moved])
-    return report.markdown(head, lines)
+    return markdown(head, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,8 +32,9 @@ from committed import Folder
 from diffusers import ZImageTransformer2DModel
 
 from twostep import ops
-from twostep.bench.report import environment, markdown
+from twostep.bench.report import environment
 from twostep.memory import LiveBytes
+from twostep.tables import markdown
 from twostep.train.average import Average
 from twostep.train.cast import DTYPES, Casting
 from twostep.train.command import read_recipe
@@ -42,8 +43,8 @@ from twostep.train.methods import method_class
 from twostep.train.monitors import PhaseClock
 from twostep.train.ranks import Ranks, join
 from twostep.train.recipe import Recipe
-from twostep.train.rehearsal import batch_without_data, optimizers_of, rehearse
-from twostep.train.update import OutOfMemory, Updater
+from twostep.train.rehearsal import batch_without_data, rehearse
+from twostep.train.update import OutOfMemory, Updater, optimizers_of, trainable
 from twostep.zoo import Backbone, Context
 from twostep.zoo.plan import backbone_like, caption_room
 
@@ -141,9 +142,8 @@ def run(
             cast = casting.roles(shape[1:], empty)
             batch = batch_without_data(recipe, cast, shape, caption)
         method = kind.build(recipe.method, cast, NoiseStreams(recipe.seed))
-        optimizers = optimizers_of(recipe, method, cast)
-        trained = {name: p for name, p in cast.student.named_parameters() if p.requires_grad}
-        average = None if recipe.ema is None else Average(trained, recipe.ema)
+        optimizers = optimizers_of(recipe, method, cast.modules())
+        average = None if recipe.ema is None else Average(trainable(cast.student), recipe.ema)
         clock = PhaseClock(device)
         updater = Updater(method, optimizers, NoiseStreams(recipe.seed), ranks, dtype, clock)
         counts = counts_of(method)

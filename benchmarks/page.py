@@ -21,7 +21,7 @@ from committed import Folder, folders
 from twostep.bench import cases, report
 from twostep.bench import launch as overhead
 from twostep.bench.measure import Row
-from twostep.bench.report import markdown
+from twostep.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, README, PICTURES = ROOT / "docs" / "performance.md", ROOT / "README.md", ROOT / "docs" / "pictures"

@@ -24,6 +24,7 @@ import torch
 from twostep.bench.report import environment
 from twostep.cli import main as command
 from twostep.train.configuration import load
+from twostep.train.data.prompts import write_prompts
 from twostep.train.engine import Run
 from twostep.train.ranks import join
 from twostep.train.recipe import Recipe
@@ -37,9 +38,9 @@ def prepare(folder: Path) -> None:
     """The untrained miniature, prompts, their contexts and the teacher's images."""
     miniature(untrained_seed=0).save(folder / "model")
     drawn = samples(seed=0, start=0, count=PROMPTS)
-    (folder / "prompts.txt").write_text("\n".join(drawn.captions) + "\n")
+    write_prompts(folder / "prompts.txt", drawn.captions)
     ask = ["cache", "--model", str(folder / "model"), "--prompts", str(folder / "prompts.txt"), "--batch", "32"]
-    if command([*ask, "--teacher-steps", "2", "--out", str(folder / "data"), "--dtype", "fp32"]):
+    if command([*ask, "--teacher-steps", "2", "--out", str(folder / "data"), "--dtype", "float32"]):
         raise SystemExit("train_speed: the cache could not be written; its message is above")
 
 

@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from twostep.zoo.miniature.captions import claims_of
 from twostep.zoo.miniature.detector import Detector, check
 
+from ..images import pil_image, to_bytes
 from . import arguments
 from .features import check_miniature_images, clip_image_embedding, load_model
 from .preprocessing import Preprocessing, read_preprocessing
-from .subjects import to_bytes
 
 
 class Alignment(Protocol):
@@ -143,11 +142,11 @@ class VqaScore:
         return _in_batches("VqaScore", self._scores, images, captions, self.batch)
 
     def _scores(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        pixels = to_bytes(images.float()).permute(0, 2, 3, 1).cpu().numpy()
+        pixels = to_bytes(images.float())
         asked, start = [self._asked(caption) for caption in captions], self.processor.tokenizer.bos_token
         given = self.processor(
             text=asked,
-            images=[[Image.fromarray(image)] for image in pixels],
+            images=[[pil_image(image)] for image in pixels],
             padding=True,
             return_tensors="pt",
             add_special_tokens=not (start and asked[0].startswith(start)),  # many templates begin with it

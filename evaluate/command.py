@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import answered
+
 if TYPE_CHECKING:
     from .report import Picture, Report
     from .speed import Speed
     from .study import Judge
     from .subjects import Drawn, Order, Subject
 
-FAULT, INTERRUPTED = 2, 130
 STREAM = 0x7E57  # of the miniature's captions and real images; what settings are chosen by is another
 SHOWN = 8  # images of a row
 CURVES = {"losses": "_loss", "gradients": "_gradient_norm"}  # of a run's numbers, by how their names end
@@ -65,30 +66,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    kept = f"the same command goes on from what {args.out / 'drawn'} holds"
+    return answered("evaluate", lambda: _run(args), out=args.out, kept=kept)
+
+
+def _run(args: argparse.Namespace) -> int:
     from ..train.result import gone_on
     from .subjects import Subject
 
-    try:
-        subjects = [Subject.parse(text) for text in args.subjects]
-        names = [subject.name for subject in subjects]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two subjects are called {max(names, key=names.count)!r}; name them: NAME=WHERE")
-        _check_out(args.out, subjects)
-        for note in filter(None, (gone_on(subject.where) for subject in subjects)):
-            print(note, file=sys.stderr)
-        report = study(subjects, Settings.of(args))
-        print(report.text(), end="")
-        for path in report.write(args.out):
-            print(path)
-    except KeyboardInterrupt:
-        print(
-            f"\ntwostep evaluate: interrupted; the same command goes on from what {args.out / 'drawn'} holds",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    except (ValueError, OSError) as error:
-        print(f"twostep evaluate: {error}", file=sys.stderr)
-        return FAULT
+    subjects = [Subject.parse(text) for text in args.subjects]
+    names = [subject.name for subject in subjects]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two subjects are called {max(names, key=names.count)!r}; name them: NAME=WHERE")
+    _check_out(args.out, subjects)
+    for note in filter(None, (gone_on(subject.where) for subject in subjects)):
+        print(note, file=sys.stderr)
+    report = study(subjects, Settings.of(args))
+    print(report.text(), end="")
+    for path in report.write(args.out):
+        print(path)
     return 0
 
 
@@ -285,10 +281,11 @@ def _judge(settings: Settings, device: str) -> tuple[Judge, Drawn | None, list[s
     """The judge; real images to be judged as well, where there are enough of them; and a note where there are not."""
     import torch
 
+    from ..images import to_bytes
     from .alignment import load_clip_score, load_vqa_score
     from .features import MiniatureFeatures, load_features
     from .study import Judge, features_of
-    from .subjects import Drawn, check_captions, images_in, read_images, to_bytes
+    from .subjects import Drawn, check_captions, images_in, read_images
 
     count = settings.images
     scores: dict[str, Callable[..., Any]] = {}

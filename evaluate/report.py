@@ -15,6 +15,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..durable import replaced
+from ..tables import columns
 from . import charts
 from .study import METRICS, Measured
 
@@ -64,9 +66,8 @@ class Report:
         written = []
         for name, data in files.items():
             path = folder / name
-            new = path.with_name(f".{name}.new")
-            new.write_bytes(data)
-            new.replace(path)
+            with replaced(path) as new:
+                new.write_bytes(data)
             written.append(path)
         return written
 
@@ -104,14 +105,7 @@ class Report:
         """The table for a terminal, and the notes."""
         rows = [[head["title"] for head in self._heads()]]
         rows += [[cell["text"] for cell in self._cells(row)] for row in self.measured]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(r, widths, strict=True))
-            )
-            for r in rows
-        ]
-        return "".join(f"{line.rstrip()}\n" for line in [*lines, *self.notes])
+        return "".join(f"{line}\n" for line in [columns(rows, right=range(1, len(rows[0]))), *self.notes])
 
     def facts(self) -> dict[str, Any]:
         return {

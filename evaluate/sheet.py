@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..images import pil_image
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 MARGIN = 8  # pixels around every cell
@@ -52,11 +54,11 @@ def contact_sheet(
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     top = MARGIN
-    pixels = to_bytes(images)
+    pixels = painted(images)
     for start, text_height in zip(row_starts, below, strict=True):
         for index in range(start, min(start + columns, count)):
             left = MARGIN + (index - start) * (cell + MARGIN)
-            picture = Image.fromarray(pixels[index].permute(1, 2, 0).contiguous().numpy())
+            picture = pil_image(pixels[index])
             picture = picture.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (left + (cell - width) // 2, top))
             for line, text in enumerate(texts[index]):
@@ -65,7 +67,7 @@ def contact_sheet(
     return sheet
 
 
-def to_bytes(images: Tensor) -> Tensor:
+def painted(images: Tensor) -> Tensor:
     """[N, 3, H, W] in [-1, 1] to bytes in host memory, with the nearest byte for what is in range."""
     exact = images.detach().float().cpu()
     pixels = ((exact.nan_to_num(0.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..images import ENDINGS, decoded, open_image
+from ..durable import replaced
+from ..images import ENDINGS, decoded, open_image, to_bytes
 from ..zoo import TextToImage, load_text_to_image
 from ..zoo.saved_student import pipeline_path, student_facts, student_folder
 
@@ -204,21 +205,8 @@ def _read(path: Path) -> Drawn | None:
 def _write(path: Path, drawn: Drawn, of: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {name: value for name, value in vars(drawn).items() if name != "images"}
-    new = path.with_suffix(".new")
-    save_file({"images": drawn.images}, new, metadata={"of": of, "facts": json.dumps(facts)})
-    new.replace(path)
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """[-1, 1] to uint8; ValueError where there are numbers that no pixel can be."""
-    finite = images.isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
-        rows = (~finite).nonzero().flatten().tolist()
-        raise ValueError(
-            f"{len(rows)} of {len(images)} images hold numbers that are not finite (rows {rows[:5]}): the model's "
-            f"weights, its dtype or its guidance are at fault"
-        )
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    with replaced(path) as new:
+        save_file({"images": drawn.images}, new, metadata={"of": of, "facts": json.dumps(facts)})
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -238,7 +226,7 @@ def check_captions(drawn: Drawn, folder: str | Path) -> None:
         )
 
 
-def read_images(paths: Sequence[Path], size: tuple[int, int] | None = None) -> Drawn:
+def read_images(paths: Sequence[Path]) -> Drawn:
     """Images of a folder, all of one size, with their captions: from the .txt beside them, or else from the text that
     `twostep sample` writes into a PNG; "" where there is neither."""
     import numpy as np
@@ -252,8 +240,6 @@ def read_images(paths: Sequence[Path], size: tuple[int, int] | None = None) -> D
                 f"{path} is {found.shape[1]} x {found.shape[2]}, and {paths[0]} is {pixels[0].shape[1]} x "
                 f"{pixels[0].shape[2]}: images that are compared have one size"
             )
-        if size is not None and tuple(found.shape[1:]) != size:
-            raise ValueError(f"{path} is {found.shape[1]} x {found.shape[2]}, expected {size[0]} x {size[1]}")
         pixels.append(found)
         captions.append(_caption(path))
     return Drawn(torch.stack(pixels), captions)

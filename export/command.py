@@ -17,10 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import answered
+
 if TYPE_CHECKING:
     from .source import Exported
 
-FAULT, FAILED, INTERRUPTED = 2, 1, 130
 FORMS = ("diffusers", "lora", "single-file", "program", "onnx")
 # Options that some forms take.
 TAKEN_BY = {"parts": ("diffusers",), "max_shard_size": ("diffusers",), "quantize": ("diffusers", "program")}
@@ -58,25 +59,25 @@ def run(args: argparse.Namespace) -> int:
     from safetensors import SafetensorError
     from transformers.utils import logging
 
-    from ..train.result import gone_on
     from .fresh_process import ExportFailed
 
     logging.disable_progress_bar()
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _interrupt) if main else None  # so that what is half written is removed
     try:
-        if (note := gone_on(args.student)) is not None:
-            print(note, file=sys.stderr)
-        made = _export(args)
-    except (ValueError, ExportFailed, SafetensorError, OSError) as error:
-        print(f"twostep export: {str(error).removeprefix('export: ')}", file=sys.stderr)
-        return FAULT if isinstance(error, ValueError) else FAILED
-    except KeyboardInterrupt:
-        print("\ntwostep export: interrupted; nothing was left", file=sys.stderr)
-        return INTERRUPTED
+        failures = (ExportFailed, SafetensorError)
+        return answered("export", lambda: _run(args), out=args.out, kept="nothing was left", failures=failures)
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ..train.result import gone_on
+
+    if (note := gone_on(args.student)) is not None:
+        print(note, file=sys.stderr)
+    made = _export(args)
     print(f"{made.folder}: {made.bytes / 2**20:.1f} MiB in {made.seconds:.0f} s; {_said(args, made)}")
     return 0
 

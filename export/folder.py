@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
+from ..disk import check_space
 from ..zoo import Student, load_backbone
 from ..zoo.sampling import sigma_grid
 from ..zoo.saved_student import FACTS, HERE
 from . import fresh_process
 from .fresh_process import hold, relative
 from .merging import merged, with_weights
-from .new_folder import bytes_in, check_space, new_folder, target_of
+from .new_folder import bytes_in, new_folder, target_of
 from .probes import FLOAT32, PROMPTS, Probes
 from .quantizing import check_quantizing, exact_weights, quantize_folder, rounded
 from .source import Exported, Source, found
@@ -78,7 +79,7 @@ def export_folder(
     stock, file, own = _family(model, index)
     copied = sum(bytes_in(pipeline / part) for part in OTHER_PARTS) if parts == "copy" else 0
     both = dtype.itemsize + (quantization is not None)  # what is quantized stands beside what it is made from
-    check_space(target.parent, source.parameters * both + copied)
+    check_space(target.parent, source.parameters * both + copied, "export")
     with new_folder(target, lambda: target_of(target, overwrite)) as new:
         with source.phase("writing"):
             _write_networks(model, new, dtype, max_shard_size, quantization)

@@ -27,12 +27,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..disk import check_space
 from ..zoo import Backbone, Student, load_backbone
 from ..zoo.adapters import TARGETS
 from . import fresh_process
 from .fresh_process import hold, relative
 from .merging import Product, added, plain, products, with_weights
-from .new_folder import check_space, new_folder, target_of
+from .new_folder import new_folder, target_of
 from .original import joined_factors, place
 from .probes import FLOAT32, PROMPTS, Probes
 from .quantizing import rounded
@@ -98,7 +99,7 @@ def export_lora(
     state = plain(source.networks[0] if source.adapters else _began_as(where, subfolder))
     factors, left = _factors(source, state, rank)
     written = [{name: Product(*(part.to(dtype) for part in one)) for name, one in step.items()} for step in factors]
-    check_space(target.parent, sum(p.nbytes for step in written for one in step.values() for p in one))
+    check_space(target.parent, sum(p.nbytes for step in written for one in step.values() for p in one), "export")
     with new_folder(target, lambda: target_of(target, overwrite)) as new:
         files = [f"step_{number}.safetensors" for number in range(1, len(written) + 1)]
         files = files if source.per_step else ["pytorch_lora_weights.safetensors"]

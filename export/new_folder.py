@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..train.durable_folder import publish, recover, temporary
+from ..durable import publish, recover, temporary
 
 
 def target_of(out: str | Path, overwrite: bool, *sources: Path) -> Path:
@@ -55,15 +54,6 @@ def new_folder(target: Path, check: Callable[[], object] = lambda: None) -> Iter
             with contextlib.suppress(OSError):  # somebody else has put something there
                 folder.rmdir()
         raise
-
-
-def check_space(where: Path, needed: int) -> None:
-    where = next(folder for folder in (where, *where.parents) if folder.exists())
-    free = shutil.disk_usage(where).free
-    if needed > free:
-        raise ValueError(
-            f"export: {needed / 2**30:.1f} GiB are to be written to {where}, where {free / 2**30:.1f} are free"
-        )
 
 
 def bytes_in(folder: Path) -> int:

@@ -29,8 +29,8 @@ class Names:
     swapped: tuple[str, ...] = ()  # originals that have shift before scale
 
 
-def _flux2_double(n: str = "{n}") -> tuple[tuple[str, str], ...]:
-    ours, theirs = f"transformer_blocks.{n}.", f"double_blocks.{n}."
+def _flux2_double() -> tuple[tuple[str, str], ...]:
+    ours, theirs = "transformer_blocks.{n}.", "double_blocks.{n}."
     pairs = (
         ("attn.to_out.0", "img_attn.proj"),
         ("attn.to_add_out", "txt_attn.proj"),

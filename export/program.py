@@ -26,12 +26,13 @@ from torch._inductor.exc import InductorError
 from torch._inductor.utils import fresh_inductor_cache
 
 from .. import ops
+from ..disk import check_space
 from ..zoo import Backbone, Context, Student, fuse
 from ..zoo.program import Steps, Traceable, batch_dim, network
 from . import fresh_process
 from .fresh_process import ExportFailed, hold, relative
 from .merging import merged, with_weights
-from .new_folder import check_space, new_folder, target_of
+from .new_folder import new_folder, target_of
 from .probes import FLOAT32, PROMPTS, Probes
 from .quantizing import check_quantizing, numbers, quantize, rounded
 from .source import Exported, Source, found
@@ -93,7 +94,8 @@ def export_program(
     source = Source.read(student, base=base, pipeline=pipeline)
     source.check_steps()
     source.guard(target)
-    check_space(target.parent, 3 * source.parameters * dtype.itemsize)  # its pieces lie there while it is put together
+    needed = 3 * source.parameters * dtype.itemsize  # its pieces lie there while it is put together
+    check_space(target.parent, needed, "export")
     with new_folder(target, lambda: target_of(target, overwrite)) as new, torch.no_grad():
         with source.phase("compiling"):
             model = _fused(source, dtype, device)
@@ -161,7 +163,7 @@ def export_onnx(
     source = Source.read(student, base=base, pipeline=pipeline)
     source.check_steps()
     source.guard(target)
-    check_space(target.parent, source.parameters * torch.float32.itemsize)
+    check_space(target.parent, source.parameters * torch.float32.itemsize, "export")
     model = _fused(source, torch.float32, "cpu")
     samples = _cases(Steps(model).example, source, torch.float32, "cpu")
     cases = [_of_network(case, sigma) for case in samples for sigma in (None, *source.model.sigmas[:-1])]

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..disk import check_space
 from ..zoo import Backbone, Context, fuse
 from ..zoo.program import network as traceable
 from . import fresh_process
 from .fresh_process import ExportFailed, hold, relative
 from .merging import merged, with_weights
-from .new_folder import check_space, new_folder, target_of
+from .new_folder import new_folder, target_of
 from .original import from_original, to_original
 from .probes import FLOAT32
 from .quantizing import rounded
@@ -48,7 +49,7 @@ def export_single_file(
     target = target_of(out, overwrite, found(student))
     source = Source.read(student, base=base)
     source.guard(target)
-    check_space(target.parent, source.parameters * dtype.itemsize)
+    check_space(target.parent, source.parameters * dtype.itemsize, "export")
     with new_folder(target, lambda: target_of(target, overwrite)) as new:
         changed, whole, error = 0.0, 0.0, 0.0
         for number, network in enumerate(source.networks, start=1):

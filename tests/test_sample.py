@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.train import tiny_pipelines
 from twostep.cli import main
-from twostep.evaluate.subjects import to_bytes
+from twostep.images import to_bytes
 from twostep.zoo import TextToImage, load_text_to_image
 
 

@@ -6,7 +6,7 @@
 
 A save writes everything into a temporary folder beside the others, syncs it to the disk, renames it, syncs the name,
 and only then removes what is older than what is to be kept. What is in a checkpoint: `checkpoint_manifest.py`; how it
-becomes whole: `durable_folder.py`; how optimizers and random generators become tensors and JSON: `state_tree.py`.
+becomes whole: `twostep/durable.py`; how optimizers and random generators become tensors and JSON: `state_tree.py`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..durable import publish, recover, remove, sync_folder, temporary
 from . import checkpoint_manifest as manifest
 from .checkpoint_manifest import CheckpointError, Saved
-from .durable_folder import publish, recover, remove, sync_folder, temporary
 from .state_tree import encode, join, random_state, restore_random_state, split
 from .tensor_file import check_tensors, nbytes, write_bytes, write_tensors
 

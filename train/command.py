@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..arguments import FAILED, FAULT, INTERRUPTED, system_fault
+
 RECIPES = Path(__file__).parent / "recipes"
-FAULT, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses: what was asked for is wrong; the run could not go on; Ctrl-C
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..arguments import system_fault
     from .checkpoint import CheckpointError
 
     if args.list or args.keys:

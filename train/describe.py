@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ..tables import markdown
 from .schema import MISSING, Row, called, check_schema, kinds, rows
 
 HEAD = ("key", "type", "default", "meaning")
@@ -18,11 +19,8 @@ def describe(schema: type) -> str:
     mapping of names under `name.<name>`.
     """
     check_schema(schema)
-    cells = [[_one_line(cell) for cell in line] for line in (HEAD, *map(_cells, rows(schema)))]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(HEAD))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "".join(f"| {line} |\n" for line in lines)
+    lines = [[_one_line(cell) for cell in _cells(row)] for row in rows(schema)]
+    return markdown(HEAD, lines, aligned=True) + "\n"
 
 
 def _one_line(cell: str) -> str:

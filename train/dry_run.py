@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
-from collections.abc import Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..tables import columns
 from ..zoo.miniature.tokenizer import MAX_CAPTION_TOKENS
 from ..zoo.plan import backbone_like, caption_room
 from ..zoo.saved_student import MINIATURE
@@ -19,6 +18,7 @@ from .methods import method_class
 from .parts import Parts
 from .recipe import ImagesData, PromptsData, Recipe
 from .rehearsal import Rehearsal, rehearse
+from .torchrun import world_size
 from .watch import check_evaluation
 
 
@@ -27,7 +27,7 @@ def describe_run(recipe: Recipe) -> str:
 
     WORLD_SIZE says how many ranks there will be, as torchrun has it: `WORLD_SIZE=8 twostep train ... --dry-run`.
     """
-    world_size = _world_size()
+    ranks = world_size()
     parts = Parts(
         recipe.model,
         dtype=DTYPES[recipe.compute.dtype],
@@ -46,7 +46,7 @@ def describe_run(recipe: Recipe) -> str:
         batch=recipe.batch,
         seed=recipe.seed,
         rank=0,
-        world_size=world_size,
+        world_size=ranks,
         wants=wants,
         latent_channels=network.channels,
         latent_factor=network.latent_factor,
@@ -58,17 +58,10 @@ def describe_run(recipe: Recipe) -> str:
         check_evaluation(recipe, parts, feed, lambda: shape)
         caption = MAX_CAPTION_TOKENS if recipe.model == MINIATURE else caption_room(network.model.config)
         print("running an update of each kind on tensors without data ...", file=sys.stderr, flush=True)
-        rehearsal = rehearse(recipe, parts.path, shape, world_size, caption)
-        return _text(recipe, rehearsal, feed.describe(), shape, caption, world_size)
+        rehearsal = rehearse(recipe, parts.path, shape, ranks, caption)
+        return _text(recipe, rehearsal, feed.describe(), shape, caption, ranks)
     finally:
         feed.close()
-
-
-def _world_size() -> int:
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"the environment's WORLD_SIZE is {text!r}, expected a whole number from 1 on")
-    return int(text)
 
 
 def _square(recipe: Recipe, parts: Parts, latent_factor: int) -> tuple[int, int, int]:
@@ -115,7 +108,7 @@ def _text(
         "text encoder where a run needs them."
     )
     roles, memory = _role_rows(rehearsal), _memory_rows(recipe, rehearsal)
-    tables = [_columns(facts), _columns(roles, right=(4, 5)), _columns(memory, right=(1, 2, 3, 4))]
+    tables = [columns(facts), columns(roles, right=(4, 5)), columns(memory, right=(1, 2, 3, 4))]
     return "\n\n".join([*tables, note])
 
 
@@ -152,12 +145,3 @@ def _memory_rows(recipe: Recipe, rehearsal: Rehearsal) -> list[list[str]]:
         rows.append(row(name, held.weights, held.gradients, held.optimizer, held.average))
     rows.append(row("held between updates", rehearsal.held))
     return rows + [row(f"peak of a {kind} update", peak) for kind, peak in rehearsal.peaks.items()]
-
-
-def _columns(rows: Sequence[Sequence[str]], right: tuple[int, ...] = ()) -> str:
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(row)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -19,18 +19,18 @@ from typing import Any
 
 import torch
 
+from ..arguments import INTERRUPTED
+from ..durable import recover, remove, replaced, sole
 from .average import Average
 from .cast import DTYPES, Casting
 from .checkpoint import Store
 from .configuration import dump, environment, resolved
 from .data import NoiseStreams
 from .data.noise import seed_everybody
-from .durable_folder import recover, remove, sole
 from .feed import make_feed
-from .journal import Journal, NullJournal, WandbConfig, read_events, read_metrics
+from .journal import Journal, NullJournal, read_events, read_metrics
 from .methods import Cast, Method, TrainingBatch, method_class
 from .monitors import Averages, CriticLag, PhaseClock
-from .optimizers import Optimizer
 from .parts import Parts
 from .profile import Profile
 from .ranks import PATIENCE, Ranks
@@ -39,10 +39,10 @@ from .result import write_student, written_at
 from .run_state import Progress, RunState
 from .sharding import check_alike
 from .signals import Signals
-from .update import Outcome, Updater, trained_parameters
+from .update import Outcome, Updater, optimizers_of, trainable
 from .watch import Watch
 
-FINISHED, STOPPED, INTERRUPTED = 0, 0, 130  # exit statuses; 128 + SIGINT, as shells have it
+FINISHED, STOPPED = 0, 0  # exit statuses, beside INTERRUPTED
 METRICS, SAVED = "metrics.jsonl", "saved"
 
 
@@ -128,8 +128,8 @@ class Run:
         modules = cast.modules()
         if ranks.mesh is None:
             check_alike(modules, ranks)
-        optimizers = _optimizers(recipe, method, modules)
-        average = None if recipe.ema is None else Average(_student_parameters(cast), recipe.ema)
+        optimizers = optimizers_of(recipe, method, modules)
+        average = None if recipe.ema is None else Average(trainable(cast.student), recipe.ema)
         streams = NoiseStreams(recipe.seed, ranks.rank)
         clock = PhaseClock(ranks.device)
         return cls(
@@ -170,13 +170,12 @@ class Run:
             resumed = 0  # it ended before its first checkpoint was due
         if self.ranks.first:
             self._write_settings()
-            wandb = recipe.watch.wandb
             self.journal = Journal(
                 recipe.out,
                 total=recipe.iterations,
                 resumed_at=resumed,
                 tensorboard=recipe.watch.tensorboard,
-                wandb=None if wandb is None else WandbConfig(**resolved(wandb)),
+                wandb=recipe.watch.wandb,
                 settings=resolved(recipe),
             )
         if goes_on:
@@ -214,11 +213,11 @@ class Run:
     def _write_settings(self) -> None:
         out = self.recipe.out
         recover(out)  # a student that was being written when a process died
-        kept, new = out / "recipe.yaml", out / "recipe.yaml.new"
-        dump(self.recipe, new)
-        if kept.exists() and kept.read_bytes() != new.read_bytes():
-            kept.rename(out / f"recipe-until-{self.state.progress.iteration:08d}.yaml")
-        new.replace(kept)
+        kept = out / "recipe.yaml"
+        with replaced(kept) as new:
+            dump(self.recipe, new)
+            if kept.exists() and kept.read_bytes() != new.read_bytes():
+                kept.rename(out / f"recipe-until-{self.state.progress.iteration:08d}.yaml")
         facts = {**environment(), "ranks": self.ranks.world_size, "device": str(self.ranks.device)}
         with (out / "environment.jsonl").open("a", encoding="utf-8") as file:  # a line for every start
             file.write(json.dumps(facts) + "\n")
@@ -447,21 +446,6 @@ def signature(recipe: Recipe, data: Mapping[str, Any], sources: Mapping[str, str
     kept = {name: plain[name] for name in ("method", "roles", "guidance", "seed", "ema")}
     facts = {"optimizers": optimizers, "dtype": recipe.compute.dtype, "data": dict(data), "sources": dict(sources)}
     return {**kept, **facts}
-
-
-def _optimizers(recipe: Recipe, method: Method, modules: Mapping[str, torch.nn.Module]) -> dict[str, Optimizer]:
-    made = {}
-    for kind, parameters in trained_parameters(method, modules).items():
-        settings = recipe.optimizers.generator
-        if kind == "guidance" and recipe.optimizers.guidance is not None:
-            settings = recipe.optimizers.guidance
-        total = sum(updates == kind for updates in method.updates(0)) * recipe.iterations
-        made[kind] = Optimizer(parameters, settings, total)
-    return made
-
-
-def _student_parameters(cast: Cast) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in cast.student.named_parameters() if p.requires_grad}
 
 
 @contextmanager

@@ -86,7 +86,6 @@ def make_feed(
     latent_channels: int,
     latent_factor: int,
     device: torch.device | str,
-    uses: frozenset[str] = frozenset(),
     anchor_sigma: float | None = None,
 ) -> Feed:
     """
@@ -94,7 +93,6 @@ def make_feed(
         batch: samples of this rank.
         wants: what every batch has beside its context: latents, anchor, target_context.
         latent_channels, latent_factor: of the networks, which the latents are for.
-        uses: what a batch has beside that where the data have it.
         anchor_sigma: where the method wants its anchors; None: wherever they are.
     """
     space = parts.latent_space
@@ -113,7 +111,7 @@ def make_feed(
         prompts = read_prompts(data.prompts, column=data.column)
         contexts = _contexts_of(data, parts, prompts)
         teacher = None if data.teacher is None else _teacher_of(data, prompts, latent_channels)
-        hands = _hands(data, teacher, wants, uses, anchor_sigma)
+        hands = _hands(data, teacher, wants, anchor_sigma)
         shape = _shape(data, teacher, parts, latent_factor)
         batches = PromptBatches(
             prompts, contexts, Order(len(prompts), batch, seed=seed, rank=rank, world_size=world_size)
@@ -126,12 +124,12 @@ def make_feed(
         kept = None if data.keep is None else _to_keep(data.keep, batch, seed, rank, world_size)
         images = batch - (0 if kept is None else kept[1].batch)
         order = BucketOrder(folder.buckets, images, seed=seed, rank=rank, world_size=world_size)
-        making = Making(parts, wants | uses, data.vision, data.vision_pixels)
+        making = Making(parts, wants, data.vision, data.vision_pixels)
         source = ImagesSource(making, folder, contexts, order, where, data.memory, kept)
     else:
         contexts = parts.contexts(None)
         source = ShapesSource(
-            Making(parts, wants | uses),
+            Making(parts, wants),
             contexts,
             ShapesBatches(batch, seed=seed, rank=rank, world_size=world_size, pool=data.pool),
             where,
@@ -180,11 +178,7 @@ def _teacher_of(data: PromptsData, prompts: Prompts, channels: int) -> TeacherCa
 
 
 def _hands(
-    data: PromptsData,
-    teacher: TeacherCache | None,
-    wants: frozenset[str],
-    uses: frozenset[str],
-    anchor_sigma: float | None,
+    data: PromptsData, teacher: TeacherCache | None, wants: frozenset[str], anchor_sigma: float | None
 ) -> frozenset[str]:
     """What batches bring of the teacher's cache."""
     if "target_context" in wants:
@@ -203,15 +197,14 @@ def _hands(
             f"data.teacher: {data.teacher} holds no anchors, and the method wants them: write them with "
             f"`twostep cache --anchor-sigma{at}`"
         )
-    hands = frozenset((wants | uses) & there)
     given = teacher.anchor_sigma
-    if "anchor" in hands and anchor_sigma is not None and given is not None and abs(given - anchor_sigma) > 1e-4:
+    if "anchor" in wants and anchor_sigma is not None and given is not None and abs(given - anchor_sigma) > 1e-4:
         raise ValueError(
             f"data.teacher: the anchors in {data.teacher} stand at sigma {given:.6g}, and the student's first step "
             f"ends at {anchor_sigma:.6g}: write them with `twostep cache --anchor-sigma {anchor_sigma:.6g}`, or "
             f"choose the student's sigmas for them"
         )
-    return hands
+    return wants & there
 
 
 def _shape(data: PromptsData, teacher: TeacherCache | None, parts: Parts, latent_factor: int) -> Shape:

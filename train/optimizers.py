@@ -64,7 +64,7 @@ class Optimizer:
         for optimizer, _ in self.parts:
             optimizer.state.clear()
         if self.steps:  # a step that no update has trained yet has no state: its networks had no gradient
-            self._make_room(numbers.get("moved", list(self.parameters)))
+            self._make_room(numbers["moved"])
         for key, value in numbers["plain"].items():
             name, _, entry = key.rpartition("/")
             self._state(self.parameters[name])[entry] = value

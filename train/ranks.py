@@ -7,7 +7,6 @@ agreeing never waits for a GPU's queue.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from ..arguments import usable_device
+from .torchrun import place
 from .watchdog import Watchdog
 
 PATIENCE = 6.0  # times the time-out, for what takes long by nature: loading, saving, sampling, the first update
@@ -78,16 +78,13 @@ class Ranks:
 @contextmanager
 def join(*, device: str | None, timeout: float, sharded: bool, replicas: int = 1) -> Iterator[Ranks]:
     """This process's place among the ranks, its device, and the mesh of shards if there are to be any."""
-    rank, world_size, local = (_number(name, default) for name, default in _VARIABLES)
-    where = usable_device(device, "compute.device", local)
+    here = place()
+    rank, world_size = here.rank, here.world_size
+    where = usable_device(device, "compute.device", here.local)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     store = None
     if world_size > 1 or sharded:
-        if world_size > 1 and "MASTER_ADDR" not in os.environ:
-            raise ValueError(
-                f"WORLD_SIZE is {world_size} and MASTER_ADDR is not set; start several ranks with torchrun"
-            )
         # The watchdog is to speak first: it knows who hangs.
         limit = timedelta(seconds=2 * PATIENCE * timeout)
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
@@ -107,16 +104,6 @@ def join(*, device: str | None, timeout: float, sharded: bool, replicas: int = 1
         watchdog.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-
-
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise ValueError(f"the environment's {name} is {text!r}, expected a whole number; torchrun sets it")
-    return int(text)
 
 
 def _mesh(device: torch.device, world_size: int, replicas: int) -> DeviceMesh:

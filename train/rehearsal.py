@@ -20,6 +20,7 @@ from ..zoo import AdapterView, Backbone, Context
 from ..zoo.encoders import klein_reference_context
 from ..zoo.plan import backbone_like, context_room
 from ..zoo.plan_scale import Cluster, RankCount, Work, counted, ranks_without_processes
+from .adamw8bit import FEW, LARGEST_BLOCK
 from .average import Average
 from .cast import DTYPES, Casting
 from .data import NoiseStreams, noise_generator
@@ -28,11 +29,10 @@ from .optimizers import Optimizer
 from .ranks import Ranks
 from .recipe import ImagesData, Recipe
 from .sharding import average_gradients, local
-from .update import trained_parameters
+from .update import optimizers_of, trainable
 from .watchdog import Watchdog
 
 VISION_PATCH = 32  # pixels of a side of what becomes one token of Qwen3-VL
-BLOCK = 256  # numbers of an 8-bit state that share a float32 scale; states of few numbers stay float32
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ def rehearse(recipe: Recipe, path: str, shape: tuple[int, int, int], world_size:
         empty = Context(torch.randn(1, caption, width)) if "real_score" in method_kind.roles else None
         cast = casting.roles(shape[1:], empty)
         method = method_kind.build(recipe.method, cast, NoiseStreams(recipe.seed))
-        optimizers = optimizers_of(recipe, method, cast)
+        optimizers = optimizers_of(recipe, method, cast.modules())
         result = Rehearsal(cast.student.sigmas, Counter(method.updates(0)))
         result.memory = _memory(recipe, cast, optimizers)
         result.roles = _roles(recipe, path, cast)
         batch = batch_without_data(recipe, cast, shape, caption)
         kept = [torch.empty(sum(held.optimizer for held in result.memory.values()), dtype=torch.uint8)]
-        averages = None if recipe.ema is None else Average(_trained(cast.student), recipe.ema)
+        averages = None if recipe.ema is None else Average(trainable(cast.student), recipe.ema)
         _run(recipe, method, batch, count, world_size)
         result.peaks, result.work = dict(count.peaks), count.work
         result.held = result.peaks.pop("between updates")
@@ -156,17 +156,6 @@ def batch_without_data(recipe: Recipe, cast: Cast, shape: tuple[int, int, int], 
 
 
 # What there is
-
-
-def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def optimizers_of(recipe: Recipe, method: Method, cast: Cast) -> dict[str, Optimizer]:
-    settings, guidance = recipe.optimizers.generator, recipe.optimizers.guidance
-    chosen = {"generator": settings, "guidance": settings if guidance is None else guidance}
-    named = trained_parameters(method, cast.modules())
-    return {kind: Optimizer(parameters, chosen[kind], recipe.iterations) for kind, parameters in named.items()}
 
 
 def _networks(cast: Cast) -> Iterator[tuple[str, list[nn.Module]]]:
@@ -272,8 +261,8 @@ def state_bytes(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, int]]:
                 size = count * parameter.element_size()  # a momentum
             elif hasattr(part, "bytes_of"):
                 size = part.bytes_of(parameter)
-            elif isinstance(part, torch.optim.AdamW) or count < 16 * BLOCK or count % BLOCK:
+            elif isinstance(part, torch.optim.AdamW) or count < FEW or count % LARGEST_BLOCK:
                 size = 2 * count * parameter.element_size()  # two moments
             else:
-                size = 2 * (count + 4 * count // BLOCK)  # bitsandbytes: two moments in 8 bits, and their scales
+                size = 2 * (count + 4 * count // LARGEST_BLOCK)  # bitsandbytes: two moments in 8 bits, and their scales
             yield parameter, size

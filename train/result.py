@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..durable import publish, temporary
 from ..zoo import AdapterView, Backbone
 from ..zoo.saved_student import FACTS, student_folder
 from .configuration import resolved
-from .durable_folder import publish, temporary
 from .journal import read_events
 from .methods import Cast, FlowMatchingConfig
 from .ranks import Ranks

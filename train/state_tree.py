@@ -122,26 +122,20 @@ def _decode(value: JSON, tensors: Mapping[str, Tensor]) -> Any:
     return array.copy() if tag == "$array" else array.tobytes()
 
 
-def random_state(generators: Mapping[str, torch.Generator] | None = None) -> dict[str, Any]:
-    """Every source of randomness of this process, for `split`: torch's own, the current GPU's, Python's, NumPy's global
-    one, and the generators given by name."""
+def random_state() -> dict[str, Any]:
+    """Every source of randomness of this process, for `split`: torch's own, the current GPU's, Python's and NumPy's
+    global one."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     return {
         "torch": torch.get_rng_state(),
         "cuda": cuda,
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=True),  # noqa: NPY002 - libraries draw from it whether we like it or not
-        "generators": {name: generator.get_state() for name, generator in (generators or {}).items()},
     }
 
 
-def restore_random_state(state: Mapping[str, Any], generators: Mapping[str, torch.Generator] | None = None) -> None:
-    """Puts back what `random_state` told; the generators must bear the same names."""
-    given, stored = set(generators or {}), set(state["generators"])
-    if given != stored:
-        raise ValueError(
-            f"checkpoint: generators {sorted(given)} given, the state has {sorted(stored)}; give the same ones"
-        )
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Puts back what `random_state` told."""
     if state["cuda"] is not None:
         if not torch.cuda.is_available():
             raise ValueError("checkpoint: the random state has a GPU's, and no GPU is visible; resume on one")
@@ -149,5 +143,3 @@ def restore_random_state(state: Mapping[str, Any], generators: Mapping[str, torc
     torch.set_rng_state(state["torch"].cpu())
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
-    for name, generator in (generators or {}).items():
-        generator.set_state(state["generators"][name].cpu())

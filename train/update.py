@@ -7,6 +7,7 @@ all losses are finite, because whoever steps on a NaN has lost the run.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from .methods import Method, TrainingBatch
 from .monitors import PhaseClock
 from .optimizers import Optimizer
 from .ranks import PATIENCE, Ranks
+from .recipe import Recipe
 from .sharding import average_gradients, gradient_norm, local
 
 
@@ -135,6 +137,10 @@ def memory_explained(doing: str) -> Iterator[None]:
         ) from error
 
 
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def trained_parameters(method: Method, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Parameter]]:
     """kind of update -> role.name -> parameter: what the optimizers hold, by names that a checkpoint keeps."""
     names: dict[int, str] = {}
@@ -142,3 +148,14 @@ def trained_parameters(method: Method, modules: Mapping[str, nn.Module]) -> dict
         for name, parameter in module.named_parameters():
             names.setdefault(id(parameter), f"{role}.{name}")
     return {kind: {names[id(p)]: p for p in parameters} for kind, parameters in method.parameters().items()}
+
+
+def optimizers_of(recipe: Recipe, method: Method, modules: Mapping[str, nn.Module]) -> dict[str, Optimizer]:
+    """One for each kind of update, that knows how many steps there will be."""
+    settings, guidance = recipe.optimizers.generator, recipe.optimizers.guidance
+    chosen = {"generator": settings, "guidance": settings if guidance is None else guidance}
+    updates = Counter(method.updates(0))
+    return {
+        kind: Optimizer(parameters, chosen[kind], updates[kind] * recipe.iterations)
+        for kind, parameters in trained_parameters(method, modules).items()
+    }

@@ -1,15 +1,18 @@
-"""Arguments that several commands take alike, and what they say of the system's faults."""
+"""Arguments that several commands take alike, and how a command ends: its exit status, and what it says of faults."""
 
 from __future__ import annotations
 
 import argparse
 import errno
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
+FAULT, FAILED, INTERRUPTED = 2, 1, 130  # what was asked for is wrong; it could not be done; Ctrl-C, as shells have it
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what a write says without a name
 
 
@@ -59,3 +62,36 @@ def system_fault(error: OSError, folder: Path | None) -> str:
     where = folder if error.filename is None and error.errno in DISK else error.filename
     place = "" if where is None else f"{where}: "
     return f"{place}{error.strerror}; once that is mended the same command goes on"
+
+
+def answered(
+    command: str,
+    work: Callable[[], int],
+    *,
+    out: Path | None = None,
+    kept: str = "the same command goes on",
+    failures: tuple[type[Exception], ...] = (),
+) -> int:
+    """The exit status of a command's work; a line on stderr says what ended it early.
+
+    Args:
+        out: the folder that it writes.
+        kept: what is left of it, and what to do, where it is interrupted.
+        failures: what the work itself raises where it was asked for rightly, and fails.
+    """
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print(f"\ntwostep {command}: interrupted; {kept}", file=sys.stderr)
+        return INTERRUPTED
+    except failures as error:
+        print(f"twostep {command}: {error}", file=sys.stderr)
+        return FAILED
+    except ValueError as error:
+        # A function of the library names itself, and under this name it is the command.
+        text = str(error).removeprefix(f"twostep {command}: ").removeprefix(f"{command}: ")
+        print(f"twostep {command}: {text}", file=sys.stderr)
+        return FAULT
+    except OSError as error:
+        print(f"twostep {command}: {system_fault(error, out)}", file=sys.stderr)
+        return FAILED

@@ -16,10 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .arguments import INTERRUPTED, answered
+
 RECIPE = "miniature-demo"
 PROMPTS = (0xDE30, 1024)  # the stream of the captions to learn from, and how many
 VARIETY = (24, 6)  # captions that are drawn several times, and how often
-INTERRUPTED = 130
 # Bars that the demo holds itself to, beside cleanness (which speckle does not meet as it meets precision): arXiv
 # 2606.12575 has no numbers of its own for a model of this size.
 GAP, ALIGNED, VARIED, FASTER = 0.8, 0.9, 0.85, 3.5
@@ -37,40 +38,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
     from transformers.utils import logging
 
-    from .allocator import keep_freed_memory
     from .export import ExportFailed
-    from .train.result import finished
 
     logging.disable_progress_bar()
-    if args.web:
-        return _web(args)
+    work = _web if args.web else _demo
+    return answered("demo", lambda: work(args), out=args.out, failures=(ExportFailed,))
+
+
+def _demo(args: argparse.Namespace) -> int:
+    import torch
+
+    from .allocator import keep_freed_memory
+    from .train.result import finished
+
     keep_freed_memory()
     begun = time.monotonic()
     out = args.out.resolve()
-    try:
-        settings = _settings(args, out)  # whose mistakes are told at once, and so are the recipe's
-        _recipe(args, out)
-        out.mkdir(parents=True, exist_ok=True)
-        _say("1 of 3: the teacher draws what the discriminator takes for real")
-        if status := _cache(args.model, out):
-            return status
-        _say("2 of 3: a student learns to do in 2 steps what the teacher does in 8")
-        if (status := _train(args, out)) or not finished(out / "run"):
-            return status or INTERRUPTED  # stopped by a signal: everything is kept
-        _say("3 of 3: teacher and student draw the same captions")
-        report = _compare(args, settings, out)
-        written = report.write(out / "report")
-        _say("the student leaves")
-        exported = _export(out)
-    except KeyboardInterrupt:
-        print("\ntwostep demo: interrupted; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
-    except (ValueError, OSError, ExportFailed) as error:
-        print(f"twostep demo: {error}", file=sys.stderr)
-        return 2
+    settings = _settings(args, out)  # whose mistakes are told at once, and so are the recipe's
+    _recipe(args, out)
+    out.mkdir(parents=True, exist_ok=True)
+    _say("1 of 3: the teacher draws what the discriminator takes for real")
+    if status := _cache(args.model, out):
+        return status
+    _say("2 of 3: a student learns to do in 2 steps what the teacher does in 8")
+    if (status := _train(args, out)) or not finished(out / "run"):
+        return status or INTERRUPTED  # stopped by a signal: everything is kept
+    _say("3 of 3: teacher and student draw the same captions")
+    report = _compare(args, settings, out)
+    written = report.write(out / "report")
+    _say("the student leaves")
+    exported = _export(out)
     print(f"\n{report.text()}")
     for verdict in report.verdicts:
         print(f"{verdict.text}: {verdict.found} (asked: {verdict.asked}) {verdict.said}")
@@ -96,22 +95,18 @@ def _web(args: argparse.Namespace) -> int:
     from .zoo.saved_student import student_folder
 
     run = args.out.resolve() / "run"
-    try:
-        if find_spec("gradio") is None:
-            raise ValueError("the page needs gradio:  pip install 'twostep[web]'")
-        if student_folder(run) is None:
-            raise ValueError(f"there is no student in {run} yet:  twostep demo --out {args.out}")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        subjects = (Subject("Teacher", args.model, {"steps": 8}), Subject("Student", str(run)))
-        models = {subject.name: subject.load(dtype=dtype, device=device) for subject in subjects}
-        from .web import page, serve
+    if find_spec("gradio") is None:
+        raise ValueError("the page needs gradio:  pip install 'twostep[web]'")
+    if student_folder(run) is None:
+        raise ValueError(f"there is no student in {run} yet:  twostep demo --out {args.out}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    subjects = (Subject("Teacher", args.model, {"steps": 8}), Subject("Student", str(run)))
+    models = {subject.name: subject.load(dtype=dtype, device=device) for subject in subjects}
+    from .web import page, serve
 
-        made = page(models, "twostep: teacher and student")
-        address = serve(made, host=args.host, port=args.port)
-    except (ValueError, OSError) as error:
-        print(f"twostep demo: {error}", file=sys.stderr)
-        return 2
+    made = page(models, "twostep: teacher and student")
+    address = serve(made, host=args.host, port=args.port)
     print(f"{address}   (Ctrl-C ends it)", flush=True)
     try:
         made.block_thread()
@@ -125,28 +120,16 @@ def _say(text: str) -> None:
 
 
 def _cache(model: str, out: Path) -> int:
-    from .train.data import cache_command
+    from .cli import main
+    from .train.data.prompts import write_prompts
     from .zoo.miniature import samples
 
     prompts = out / "prompts.txt"
     if not prompts.exists():
         stream, count = PROMPTS
-        prompts.write_text("".join(f"{caption}\n" for caption in samples(stream, 0, count).captions), encoding="utf-8")
-    parser = argparse.ArgumentParser()
-    cache_command.add_arguments(parser)
-    given = [
-        "--model",
-        model,
-        "--prompts",
-        str(prompts),
-        "--out",
-        str(out / "data"),
-        "--dtype",
-        "fp32",
-        "--batch",
-        "32",
-    ]
-    return cache_command.run(parser.parse_args(given))
+        write_prompts(prompts, samples(stream, 0, count).captions)
+    where = ["--model", model, "--prompts", str(prompts), "--out", str(out / "data")]
+    return main(["cache", *where, "--dtype", "float32", "--batch", "32"])
 
 
 def _overrides(args: argparse.Namespace, out: Path) -> list[str]:
@@ -163,11 +146,9 @@ def _recipe(args: argparse.Namespace, out: Path) -> None:
 
 
 def _train(args: argparse.Namespace, out: Path) -> int:
-    from .train.command import add_arguments, run
+    from .cli import main
 
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args([RECIPE, *_overrides(args, out)]))
+    return main(["train", RECIPE, *_overrides(args, out)])
 
 
 def _settings(args: argparse.Namespace, out: Path) -> Any:

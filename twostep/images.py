@@ -1,10 +1,14 @@
-"""Images from files as they are shown: turned by EXIF, transparency on white; what would be read wrongly is refused."""
+"""Images from files as they are shown: turned by EXIF, transparency on white; what would be read wrongly is refused.
+And the way back, from a model's numbers to what a file holds.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _TURN = 0x0112  # EXIF's tag; 5 and more exchange width and height
@@ -47,3 +51,20 @@ def decoded(path: Path) -> Image.Image:
             return upright.convert("RGB")
         clear = upright.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """[N, 3, H, W] in [-1, 1] to uint8; ValueError where there are numbers that no pixel can be."""
+    finite = images.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        rows = (~finite).nonzero().flatten().tolist()
+        raise ValueError(
+            f"{len(rows)} of {len(images)} images hold numbers that are not finite (rows {rows[:5]}): the model's "
+            f"weights, its dtype or its guidance are at fault"
+        )
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def pil_image(pixels: Tensor) -> Image.Image:
+    """Of bytes [3, H, W]."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())

@@ -30,8 +30,10 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
+            # Neither a view nor what was written in place is new.
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
                 self._count(leaf.untyped_storage())
         return out
 

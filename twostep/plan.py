@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .arguments import answered
+from .tables import columns
+
 GIB = 2**30
 
 
@@ -44,22 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    return answered("plan", lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     import torch
 
     from .zoo.plan import ARRANGEMENTS, MODELS, Setting, caption_room, plan
 
-    try:
-        config = MODELS[arguments.model] if arguments.model in MODELS else _config(arguments.model, tuple(MODELS))
-        step = arguments.pixels_per_latent
-        if step is None:
-            step = 8 if config["_class_name"].startswith("Z") else 16
-        if arguments.caption is None:
-            arguments.caption = caption_room(config)
-        _check(arguments, step)
-        cluster = _cluster(arguments)
-    except ValueError as error:
-        print(f"plan: {error}", file=sys.stderr)
-        return 2
+    config = MODELS[arguments.model] if arguments.model in MODELS else _config(arguments.model, tuple(MODELS))
+    step = arguments.pixels_per_latent
+    if step is None:
+        step = 8 if config["_class_name"].startswith("Z") else 16
+    if arguments.caption is None:
+        arguments.caption = caption_room(config)
+    _check(arguments, step)
+    cluster = _cluster(arguments)
     names = ARRANGEMENTS if arguments.arrangement == "both" else (arguments.arrangement,)
     plans: list[Any] = []
     for name in names:
@@ -77,11 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
             accumulate=arguments.accumulate or 1,
         )
         print(f"running the updates of {name} on tensors without data ...", file=sys.stderr, flush=True)
-        try:
-            plans.append(plan(config, setting) if cluster is None else _scaled(config, setting, cluster))
-        except ValueError as error:
-            print(f"plan: {error}", file=sys.stderr)
-            return 2
+        plans.append(plan(config, setting) if cluster is None else _scaled(config, setting, cluster))
     if arguments.json:
         print(json.dumps([_facts(p) for p in plans], indent=1))
     else:
@@ -199,17 +198,12 @@ def _table(arguments: argparse.Namespace, plans: list[Any]) -> str:
         f"{'yes' if arguments.checkpointing else 'no'}"
     )
     notes = ["Tensors alone: a CUDA context, cuBLAS workspaces and the allocator's fragmentation come on top."]
-    tables = [_columns(rows)]
+    tables = [columns(rows, right=range(1, len(rows[0])))]
     if hasattr(plans[0], "cluster"):
         head += f"\n{_describe(plans[0])}"
-        tables += [_columns(_scale_rows(p)) for p in plans]
+        tables += [columns(scaled, right=range(1, len(scaled[0]))) for scaled in map(_scale_rows, plans)]
         notes.append(_assumed(plans[0].cluster.rates))
     return "\n\n".join([head, *tables, "\n".join(notes)])
-
-
-def _columns(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
 def _describe(p: Any) -> str:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_interval, usable_device
+from .arguments import add_interval, answered, usable_device
+from .durable import replaced
 
-FAULT, INTERRUPTED = 2, 130
 STEPS = 8  # of a pipeline
 MOST_ON_SHEET = 256
 LARGEST_SEED = 2**63 - 1  # in 64 bits with a sign
@@ -53,14 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        print(f"\ntwostep sample: interrupted; the same command goes on at what {args.out} lacks", file=sys.stderr)
-        return INTERRUPTED
-    except (ValueError, OSError) as error:
-        print(f"twostep sample: {error}", file=sys.stderr)
-        return FAULT
+    return answered(
+        "sample", lambda: _run(args), out=args.out, kept=f"the same command goes on at what {args.out} lacks"
+    )
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,7 @@ def _is_there(path: Path, wanted: Wanted, facts: dict[str, Any]) -> bool:
 
 
 def _draw(model: Any, missing: list[Wanted], args: argparse.Namespace, facts: dict[str, Any]) -> None:
-    from .evaluate.subjects import to_bytes
+    from .images import to_bytes
     from .progress import counter
 
     size = None if args.size is None else tuple(args.size)
@@ -186,10 +181,10 @@ def _draw(model: Any, missing: list[Wanted], args: argparse.Namespace, facts: di
 
 
 def _save(path: Path, pixels: Any, facts: dict[str, Any]) -> None:
-    from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     from . import __version__
+    from .images import pil_image
 
     text = PngInfo()
     text.add_itxt("prompt", facts["prompt"])
@@ -197,9 +192,8 @@ def _save(path: Path, pixels: Any, facts: dict[str, Any]) -> None:
     text.add_itxt("model", facts["model"])
     text.add_text("software", f"twostep {__version__}")
     text.add_itxt("twostep", json.dumps(facts))
-    new = path.with_name(f".{path.name}.new")
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(new, format="PNG", pnginfo=text)
-    new.replace(path)
+    with replaced(path) as new:
+        pil_image(pixels).save(new, format="PNG", pnginfo=text)
 
 
 def _sheet(paths: list[Path], wanted: list[Wanted], target: Path) -> str:

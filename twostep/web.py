@@ -61,7 +61,7 @@ def _drawing(models: Mapping[str, TextToImage]) -> Callable[[str, float, float],
     import gradio
     from PIL import Image
 
-    from .evaluate.subjects import to_bytes
+    from .images import pil_image, to_bytes
 
     def draw(caption: str, seed: float, count: float) -> list[Any]:
         if seed is None or seed < 0 or seed != int(seed):
@@ -73,11 +73,11 @@ def _drawing(models: Mapping[str, TextToImage]) -> Callable[[str, float, float],
         for model in models.values():
             begun = time.perf_counter()
             try:
-                pixels = to_bytes(model.draw([caption] * len(seeds), seeds)).permute(0, 2, 3, 1).cpu().numpy()
+                pixels = to_bytes(model.draw([caption] * len(seeds), seeds))
             except (ValueError, RuntimeError) as error:
                 raise gradio.Error(str(error)) from error
             taken = time.perf_counter() - begun
-            images = [Image.fromarray(one) for one in pixels]
+            images = [pil_image(one) for one in pixels]
             times = max(1, SHOWN // images[0].width)  # every pixel a square
             larger = [one.resize((one.width * times, one.height * times), Image.Resampling.NEAREST) for one in images]
             found += [larger, f"{1000 * taken:.0f} ms, {1000 * taken / len(images):.1f} ms an image"]

@@ -5,8 +5,8 @@
 sigma is 1 for pure noise. A subclass holds every sign, time and packing convention of its family in `_predict`; nothing
 outside knows them. Everything that a Backbone computes goes through its `forward`, so that FSDP2's hooks see it (DDP is
 a module around a module, whose own call alone reduces: average gradients as the trainer does, or wrap what calls the
-roles). FSDP2 with a MixedPrecisionPolicy: cast_forward_inputs=False keeps the rotary
-tables in float32 on their way into the blocks (the backbone casts what has to be cast).
+roles). FSDP2 with a MixedPrecisionPolicy: cast_forward_inputs=False keeps the rotary tables in float32 on their way
+into the blocks (the backbone casts what has to be cast).
 """
 
 from __future__ import annotations
@@ -100,8 +100,7 @@ class Backbone(nn.Module, ABC):
         if not blocks or wrong:
             raise ValueError(
                 f"{self._name}: blocks are {list(blocks)}, expected at least one index from 0 to {count - 1}: this "
-                f"model has "
-                f"{count} blocks"
+                f"model has {count} blocks"
             )
         return self(x, Level(self._sigma(x, sigma)), context, tuple(blocks))
 
@@ -149,8 +148,7 @@ class Backbone(nn.Module, ABC):
             given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
                 f"{self._name}: x is {given}, expected one tensor [batch, channels, height, width]; images of "
-                f"different "
-                f"sizes go into different batches"
+                "different sizes go into different batches"
             )
         if not x.is_floating_point():
             raise TypeError(f"{self._name}: x is {x.dtype}, expected a floating-point dtype: latents, not pixels")
@@ -189,8 +187,7 @@ class Backbone(nn.Module, ABC):
         if channels != self.channels or height % self.latent_factor or width % self.latent_factor:
             raise ValueError(
                 f"{self._name}: x has shape {list(x.shape)}, expected [batch, {self.channels}, height, width] with a "
-                f"height "
-                f"and width that are multiples of {self.latent_factor}"
+                f"height and width that are multiples of {self.latent_factor}"
             )
         if not isinstance(context, Context):
             raise TypeError(f"{self._name}: context is {type(context).__name__}, expected a twostep.zoo.Context")
@@ -209,13 +206,11 @@ class Backbone(nn.Module, ABC):
             made_by = f" (encoder {context.encoder})" if context.encoder else ""
             raise ValueError(
                 f"{self._name}: the context{made_by} has {context.features.shape[2]} channels, expected "
-                f"{self.context_width}: "
-                f"it was made by another text encoder than this model's"
+                f"{self.context_width}: it was made by another text encoder than this model's"
             )
         for reference in context.references:
             if reference.shape[1] != channels or any(n % self.latent_factor for n in reference.shape[2:]):
                 raise ValueError(
                     f"{self._name}: a reference has shape {list(reference.shape)}, expected [{batch}, {channels}, "
-                    f"height, "
-                    f"width] with multiples of {self.latent_factor}"
+                    f"height, width] with multiples of {self.latent_factor}"
                 )

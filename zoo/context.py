@@ -17,9 +17,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Context:
     features: Tensor  # [B, L, C]; what stands beyond a sample's length is padding and never read
-    lengths: Tensor | None = (
-        None  # [B] on the CPU, tokens of each sample; [B, S] where a caption has S segments; None: all L
-    )
+    # [B] on the CPU, tokens of each sample; [B, S] where a caption has S segments; None: all L
+    lengths: Tensor | None = None
     references: tuple[Tensor, ...] = ()  # clean latents shown beside the caption, each [B, C, H, W]
     vision: tuple[Tensor, ...] = ()  # a vision encoder's features of the references, each [B, H, W, C]
     encoder: str = ""  # fingerprint of the encoder and the template; empty: not known
@@ -36,8 +35,7 @@ class Context:
                 if image.dim() != 4 or len(image) != self.batch:
                     raise ValueError(
                         f"Context: {name} hold a tensor of shape {list(image.shape)}, expected 4 dimensions and a "
-                        f"batch "
-                        f"of {self.batch}"
+                        f"batch of {self.batch}"
                     )
 
     def _check_lengths(self, lengths: Tensor) -> None:
@@ -56,9 +54,8 @@ class Context:
         total = lengths if lengths.dim() == 1 else lengths.sum(1)
         if batch and (int(lengths.min()) < 1 or int(total.max()) > tokens):
             raise ValueError(
-                f"Context: lengths {lengths.tolist()} do not fit features of {tokens} tokens: every length is at "
-                f"least 1, "
-                f"and a sample's lengths add up to at most {tokens}"
+                f"Context: lengths {lengths.tolist()} do not fit features of {tokens} tokens: every length is at least "
+                f"1, and a sample's lengths add up to at most {tokens}"
             )
 
     @property
@@ -165,8 +162,7 @@ class Context:
         if self.encoder != other.encoder:
             raise ValueError(
                 f"Context: contexts of two encoders cannot share a batch: {self.encoder!r} and {other.encoder!r}; "
-                f"encode both "
-                f"with the same text encoder and template"
+                "encode both with the same text encoder and template"
             )
 
         def shape(c: Context) -> str:

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..durable import clear_leftovers, replaced
 from .context import Context
 from .context_shards import (
     CONTEXTS,
@@ -39,7 +40,6 @@ from .context_shards import (
     is_whole,
     merge,
     open_shard,
-    publish,
     read_index,
 )
 from .encoders.protocol import TextEncoder
@@ -292,8 +292,7 @@ class OnlineContexts:
 
 def _write_shard(folder: Path, plan: Plan, shard: int, encoder: TextEncoder, batch_size: int) -> None:
     name, part = plan.name(shard), plan.part(shard)
-    for left in folder.glob(f".{name}.*"):
-        left.unlink(missing_ok=True)  # of a run that was killed
+    clear_leftovers(folder / name)  # of a run that was killed
     dtype = DTYPES[plan.header["dtype"]]
     rows: dict[int, Tensor] = {}
     counts: dict[int, Tensor] = {}
@@ -320,7 +319,8 @@ def _write_shard(folder: Path, plan: Plan, shard: int, encoder: TextEncoder, bat
     }
     about = {"prompts": json.dumps([prompt_hash(prompt) for prompt in part]), "has_lengths": str(int(has_lengths))}
     about |= checksums_of((rows[row],) for row in range(len(part)))
-    publish(folder / name, lambda path: save_file(tensors, path, {**plan.header, **about}))
+    with replaced(folder / name) as new:
+        save_file(tensors, new, {**plan.header, **about})
 
 
 @contextmanager

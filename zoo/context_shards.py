@@ -8,8 +8,6 @@ cache of samples is another.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import warnings
 import zlib
 from collections.abc import Callable, Iterable
@@ -20,6 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ..durable import replaced
 
 INDEX = "index.json"
 
@@ -111,26 +111,6 @@ CONTEXTS = Kind(
 
 def shard_files(folder: Path, kind: Kind = CONTEXTS) -> list[Path]:
     return sorted(folder.glob(f"{kind.stem}-*-of-*.safetensors"))
-
-
-def publish(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that at no time anything but a whole one has its name, whatever happens in between."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def collect(paths: list[Path], header: dict[str, str], kind: Kind = CONTEXTS) -> dict[str, Any] | None:
@@ -268,4 +248,5 @@ def merge(folder: Path, names: list[str], header: dict[str, str], kind: Kind) ->
     index = collect(paths, header, kind) if all(path.exists() for path in paths) else None
     if index is not None:
         text = json.dumps(index)
-        publish(folder / INDEX, lambda path: path.write_text(text, encoding="utf-8"))
+        with replaced(folder / INDEX) as new:
+            new.write_text(text, encoding="utf-8")

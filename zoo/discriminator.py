@@ -63,8 +63,7 @@ class Discriminator(nn.Module):
         if wrong or not self.blocks or len(set(self.blocks)) != len(self.blocks):
             raise ValueError(
                 f"Discriminator: blocks are {list(self.blocks)}, expected different indices from 0 to {count - 1}: "
-                f"this model "
-                f"has {count} blocks"
+                f"this model has {count} blocks"
             )
         # Not a submodule: the optimizer and the checkpoint of this role hold the heads alone.
         self.__dict__["backbone"] = backbone.requires_grad_(False)

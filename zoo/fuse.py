@@ -143,7 +143,6 @@ def _foreign(root: nn.Module, classes: Mapping[type, type]) -> list[str]:
         if processor is not None and type(processor) not in ours and type(processor) not in classes:
             complaints.append(
                 f"{place} with a processor {type(processor).__name__}, which the fused blocks would bypass: reset it "
-                f"with "
-                f"set_attn_processor, or leave this model stock"
+                "with set_attn_processor, or leave this model stock"
             )
     return complaints

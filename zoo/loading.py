@@ -124,9 +124,8 @@ def _family(path: str | Path, config: dict[str, Any]) -> tuple[Any, type[Backbon
     name = config.get("_class_name")
     if name not in FAMILIES:
         raise ValueError(
-            f"load_backbone: {path} is a {name or 'model of unknown class (no _class_name in config.json)'}; "
-            f"supported are "
-            f"{', '.join(FAMILIES)}"
+            f"load_backbone: {path} is a {name or 'model of unknown class (no _class_name in config.json)'}; supported "
+            f"are {', '.join(FAMILIES)}"
         )
     return FAMILIES[name]
 
@@ -162,8 +161,7 @@ def _weights(
             names = sorted(map(str, report[kind]))
             raise ValueError(
                 f"load_backbone: the weights in {path} do not fit its config: {len(names)} {kind.replace('_', ' ')}, "
-                f"for "
-                f"instance {', '.join(names[:4])}"
+                f"for instance {', '.join(names[:4])}"
             )
     return model
 

@@ -236,9 +236,8 @@ def counted() -> Iterator[RankCount]:
     """Tensors made inside have no data, and are counted."""
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), RankCount() as count:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # copy.deepcopy looks
-        warnings.filterwarnings(
-            "ignore", message="FSDP2-wrapped module"
-        )  # its output is a view, and nobody writes there
+        # Its output is a view, and nobody writes there.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         yield count
 
 

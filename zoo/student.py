@@ -32,8 +32,7 @@ class Student(nn.Module):
         if len(networks) != len(self.sigmas) - 1:
             raise ValueError(
                 f"{type(self).__name__}: there are {len(networks)} networks and sigmas {list(self.sigmas)}, expected "
-                f"one network "
-                f"a step: {len(self.sigmas) - 1}"
+                f"one network a step: {len(self.sigmas) - 1}"
             )
         if self.sigmas[0] != 1:
             raise ValueError(

@@ -182,8 +182,7 @@ class Teacher:
         if negative is None:
             raise ValueError(
                 "Teacher: guidance other than 1 needs a negative context: encode the empty prompt and pass it as "
-                "negative=..., "
-                "here or to Teacher(...)"
+                "negative=..., here or to Teacher(...)"
             )
         if negative.batch == context.batch:
             return negative

@@ -1,8 +1,8 @@
 """A model that draws: a pipeline's encoder of text and autoencoder around a teacher or a student, of any family.
 
     model = load_text_to_image("miniature", steps=8)     a pipeline's transformer
-    model = load_text_to_image("runs/first")                                  the student that a run left
-    images = model.draw(["a red circle"], seeds=[0])                          [1, 3, H, W] in [-1, 1]
+    model = load_text_to_image("runs/first")             the student that a run left
+    images = model.draw(["a red circle"], seeds=[0])     [1, 3, H, W] in [-1, 1]
 
 An image depends on its caption and its seed: noise is drawn on the CPU, for each image by itself. What shares its batch
 changes the last bits only.

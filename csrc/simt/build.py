@@ -93,14 +93,7 @@ def _compile(cache: Path, tree: _Tree, name: str, flags: list[str]) -> Path:
     return target
 
 
-def build(
-    cache: Path,
-    changes: Iterable[Substitution] = (),
-    *,
-    affected: Iterable[str] | None = None,
-    defines: Iterable[str] = (),
-    jobs: int = 2,
-) -> Path:
+def build(cache: Path, changes: Iterable[Substitution] = (), *, affected: Iterable[str] | None = None) -> Path:
     """The path of the module built from csrc with the changes applied.
 
     With `affected`, only these sources see the changes; the others are compiled, or found compiled, as they are.
@@ -108,12 +101,12 @@ def build(
     changes = tuple(changes)
     plain = _Tree.write(cache, ())
     changed = _Tree.write(cache, changes) if changes else plain
-    flags = [*FLAGS, "-DTWOSTEP_SIMT", *(f"-D{define}" for define in defines)]
+    flags = [*FLAGS, "-DTWOSTEP_SIMT"]
     names = sorted(n for n in plain.texts if n.endswith(".cu") or n in {"simt/simt.cpp", "simt/module.cpp"})
     first = names if affected is None else sorted(affected)
     # Affected objects come first: of inline functions that several objects hold, the linker takes the first.
     order = [(changed, name) for name in first] + [(plain, name) for name in names if name not in first]
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(2) as pool:
         objects = [str(path) for path in pool.map(lambda each: _compile(cache, each[0], each[1], flags), order)]
     module = cache / _digest(*objects) / f"twostep_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not module.exists():

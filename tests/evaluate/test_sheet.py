@@ -19,7 +19,7 @@ from twostep.evaluate.sheet import (
     PAPER,
     contact_sheet,
     out_of_range,
-    to_bytes,
+    painted,
     wrapped,
 )
 
@@ -43,7 +43,7 @@ def test_every_image_is_in_its_place_and_the_rest_is_paper(count: int, columns: 
         top = MARGIN + index // columns * (height + MARGIN)
         left = MARGIN + index % columns * (width + MARGIN)
         shown = sheet[top : top + height, left : left + width]
-        exact = to_bytes(images)[index].permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
+        exact = painted(images)[index].permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
         assert np.array_equal(shown, exact)
         sheet[top : top + height, left : left + width] = PAPER
     assert (sheet == PAPER).all()
@@ -52,8 +52,8 @@ def test_every_image_is_in_its_place_and_the_rest_is_paper(count: int, columns: 
 def test_bytes_are_the_nearest_and_the_ends_are_black_and_white() -> None:
     every = torch.arange(256, dtype=torch.uint8)
     images = (every.double() / 127.5 - 1).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    assert torch.equal(to_bytes(images)[0, 0].flatten(), every)
-    assert torch.equal(to_bytes(images + 0.49 / 127.5)[0, 0].flatten()[:-1], every[:-1])
+    assert torch.equal(painted(images)[0, 0].flatten(), every)
+    assert torch.equal(painted(images + 0.49 / 127.5)[0, 0].flatten()[:-1], every[:-1])
 
 
 def test_values_that_cannot_be_shown_are_seen_and_counted() -> None:
@@ -61,7 +61,7 @@ def test_values_that_cannot_be_shown_are_seen_and_counted() -> None:
     images[0, :, 0, 0] = torch.tensor([5.0, -5.0, 0.0])
     images[0, 1, 1, 1] = math.nan
     images[0, 2, 1, 0] = math.inf
-    shown = to_bytes(images)[0]
+    shown = painted(images)[0]
     assert shown[:, 0, 0].tolist() == [255, 0, 128]
     assert shown[:, 1, 1].tolist() == shown[:, 1, 0].tolist() == [255, 0, 255]
     assert shown[:, 0, 1].tolist() == [128, 128, 128]
@@ -93,7 +93,7 @@ def test_captions_of_small_images_have_room_to_be_read() -> None:
     assert sheet.width == MARGIN + 2 * (NARROWEST + MARGIN)
     left = MARGIN + (NARROWEST - 16) // 2
     middle = pixels(sheet)[MARGIN : MARGIN + 16, left : left + 16]
-    assert np.array_equal(middle, to_bytes(random_images(2, 3, 16, 16))[0].permute(1, 2, 0).numpy())
+    assert np.array_equal(middle, painted(random_images(2, 3, 16, 16))[0].permute(1, 2, 0).numpy())
 
 
 @given(st.text(alphabet=st.sampled_from("ab ﬁ汉\n"), max_size=80), st.integers(3, 30))

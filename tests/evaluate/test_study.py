@@ -29,7 +29,8 @@ from twostep.evaluate import (
 from twostep.evaluate.command import Settings, study
 from twostep.evaluate.neighbours import balls_around
 from twostep.evaluate.study import NEIGHBOURS, Judge, _quality, measure, variety_order
-from twostep.evaluate.subjects import Drawn, Order, Subject, draw, draw_once, identity, read_images, to_bytes
+from twostep.evaluate.subjects import Drawn, Order, Subject, draw, draw_once, identity, read_images
+from twostep.images import to_bytes
 from twostep.zoo import TextToImage, load_text_to_image
 from twostep.zoo.miniature import claims_of, detector, samples
 

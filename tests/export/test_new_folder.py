@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from twostep.export.new_folder import check_space, new_folder, target_of
-from twostep.train import durable_folder
+from twostep import durable
+from twostep.disk import check_space
+from twostep.export.new_folder import new_folder, target_of
 
 
 def test_it_takes_the_old_ones_place_or_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,12 +27,12 @@ def test_it_takes_the_old_ones_place_or_leaves_it(tmp_path: Path, monkeypatch: p
     rename = os.rename
 
     def refuses(one: Path, other: Path) -> None:
-        if Path(one).name.startswith(durable_folder.TEMPORARY):
+        if Path(one).name.startswith(durable.TEMPORARY):
             raise OSError("no")
         rename(one, other)
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable_folder, "_exchange", lambda one, other: False)  # as on NFS
+        patch.setattr(durable, "_exchange", lambda one, other: False)  # as on NFS
         patch.setattr(os, "rename", refuses)
         with pytest.raises(OSError, match="no"), new_folder(target) as new:
             (new / "third").touch()
@@ -79,11 +80,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from twostep.export.new_folder import new_folder
-from twostep.train import durable_folder
+from twostep import durable
 
 if sys.argv[2] == "set aside":  # between the two renames where a file system cannot exchange folders
-    durable_folder._exchange = lambda one, other: False
-    durable_folder.sync_folder = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+    durable._exchange = lambda one, other: False
+    durable.sync_folder = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
     rename = os.rename
     os.rename = lambda one, other: rename(one, other) if Path(one).name == "out" else os.kill(os.getpid(), 9)
 with new_folder(Path(sys.argv[1])) as new:
@@ -129,5 +130,5 @@ def test_what_is_exported_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_too_little_space_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"are to be written to .*, where .* are free"):
-        check_space(tmp_path / "not" / "there", 1 << 60)
+    with pytest.raises(ValueError, match=r"export: .* are to be written to .*, and .* are free there"):
+        check_space(tmp_path / "not" / "there", 1 << 60, "export")

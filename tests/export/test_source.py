@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.train import tiny_runs
 from twostep.cli import main
+from twostep.durable import TEMPORARY
 from twostep.export import export_folder, export_lora
-from twostep.train.durable_folder import TEMPORARY
 
 Runs = dict[tuple[str, str, bool], Path]
 Places = dict[str, tiny_runs.Place]

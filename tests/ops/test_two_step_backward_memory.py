@@ -11,7 +11,8 @@ import torch
 
 from twostep import cli
 from twostep.bench import unroll
-from twostep.bench.unroll import LiveBytes, SavedBytes, Setting, Workload
+from twostep.bench.unroll import SavedBytes, Setting, Workload
+from twostep.memory import LiveBytes
 
 KIB = 1024
 
@@ -39,14 +40,14 @@ def test_live_bytes_counts_every_tensor_while_it_lives() -> None:
     with LiveBytes() as meter:
         a = before + 1
         view, before[0] = a.view(2, 128), 5.0  # neither allocates
-        assert meter.now == KIB
+        assert meter.live == KIB
         b = view * 2
-        assert meter.now == 2 * KIB
+        assert meter.live == 2 * KIB
         del b
         b = a.double()
-        assert (meter.now, meter.peak) == (3 * KIB, 3 * KIB)
+        assert (meter.live, meter.peak) == (3 * KIB, 3 * KIB)
         del a, b, view
-    assert (meter.now, meter.peak) == (0, 3 * KIB)
+    assert (meter.live, meter.peak) == (0, 3 * KIB)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -111,7 +112,7 @@ def test_gradients_that_waited_become_grad_without_a_copy(mode: str) -> None:
         unroll.two_step_backward(
             first, second, noise, (1, 0.75, 0), lambda x: x.mean(), lambda x: x.mean(), mode=mode, sync="last"
         )
-    assert meter.now / size == pytest.approx(2, abs=0.1)  # what stays is the two .grad
+    assert meter.live / size == pytest.approx(2, abs=0.1)  # what stays is the two .grad
     assert meter.peak / size == pytest.approx(2, abs=0.1)
 
 

@@ -20,7 +20,8 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from twostep.train import checkpoint, durable_folder
+from twostep import durable
+from twostep.train import checkpoint
 from twostep.train.checkpoint import Store
 
 SIGNATURE = {"test": "processes"}
@@ -40,7 +41,7 @@ def state_of(step: int, again: int = 0) -> dict[str, Any]:
 
 def save_for_ever(folder: Path, way: str) -> None:
     if way == "two":
-        durable_folder._exchange = lambda one, other: False
+        durable._exchange = lambda one, other: False
     store = Store(folder, keep_last=2)
     latest = store.latest()
     step = 1 if latest is None else latest.step + 1

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from twostep.train import checkpoint, durable_folder, tensor_file
+from twostep import durable
+from twostep.train import checkpoint, tensor_file
 from twostep.train.checkpoint import CheckpointError, Store
 
 SIGNATURE = {"model": {"width": 128, "depth": 2}, "dtype": "float32"}
@@ -120,7 +121,7 @@ def test_says_what_a_store_accepts(tmp_path: Path, arguments: dict[str, Any]) ->
 @pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in two steps"])
 def test_saving_a_step_again_replaces_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr(durable_folder, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(durable, "_exchange", lambda one, other: False)
     store = Store(tmp_path)
     save(store, 1)
     store.save(1, {"other": {"x": torch.ones(2)}}, "again", signature=SIGNATURE)
@@ -130,7 +131,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_death_while_replacing_in_two_steps_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable_folder, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(durable, "_exchange", lambda one, other: False)
     store = Store(tmp_path)
     before = contents(save(store, 1))
     with monkeypatch.context() as patch:
@@ -161,7 +162,7 @@ def test_removes_what_dead_processes_left_and_nothing_else(tmp_path: Path) -> No
     for folder in (dead, alive):
         (folder / "rank-0001").mkdir(parents=True)
     (tmp_path / "notes.txt").write_text("mine")
-    with durable_folder.locked(alive) as held:
+    with durable.locked(alive) as held:
         assert held
         Store(tmp_path)
         assert not dead.exists() and alive.exists()

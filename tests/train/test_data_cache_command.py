@@ -40,7 +40,7 @@ def prompts(tmp_path: Path) -> Path:
 
 def arguments(model: Path, prompts: Path, out: Path, *more: str) -> list[str]:
     given = {"--model": model, "--prompts": prompts, "--out": out, "--teacher-steps": 2, "--size": "32x48"}
-    given |= {"--dtype": "fp32", "--batch": 2, "--shard-size": 2, "--device": "cpu", "--seed": 5}
+    given |= {"--dtype": "float32", "--batch": 2, "--shard-size": 2, "--device": "cpu", "--seed": 5}
     return ["cache", *(str(part) for pair in given.items() for part in pair), *more]
 
 

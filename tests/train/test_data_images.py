@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
-from twostep.train.data import ImageBatches, ImageFolder, Prefetch, bucket_sizes
+from twostep.train.data import BucketOrder, ImageFolder, Prefetch, bucket_sizes
 from twostep.train.data.images import centre, fit, nearest_bucket
 
 SMALL = {"area": 64 * 64, "factor": 16}
@@ -190,27 +189,21 @@ def test_names_captions_of_which_it_is_not_clear_what_they_are_of(tmp_path: Path
     assert "b.heic has a caption and none of the endings of images: .png, .jpg" in found[1]
 
 
-def test_batches_hold_one_size_and_go_on_where_they_were(folder: Path) -> None:
+def test_batches_of_buckets_hold_one_size_and_go_on_where_they_were(folder: Path) -> None:
     images = ImageFolder(folder, **SMALL)
-
-    def identity(batch) -> tuple[list[int], Tensor]:
-        assert batch.captions == [images.caption(i) for i in batch.indices]
-        assert torch.equal(batch.images, torch.stack([images[i] for i in batch.indices]))
-        return batch.indices, batch.images
-
-    whole = [identity(batch) for batch in itertools.islice(ImageBatches(images, 3, seed=4), 20)]
-    assert len({x.shape for _, x in whole}) == 3
-    first = Prefetch(ImageBatches(images, 3, seed=4))
-    head = [identity(next(first)) for _ in range(7)]
+    whole = list(itertools.islice(BucketOrder(images.buckets, 3, seed=4), 20))
+    sizes = [{tuple(images[item].shape) for item in items} for _, items in whole]
+    assert all(len(of_batch) == 1 for of_batch in sizes) and len(set.union(*sizes)) == 3
+    first = Prefetch(BucketOrder(images.buckets, 3, seed=4))
+    head = [next(first) for _ in range(7)]
     state = first.state_dict()
     first.close()
-    rest: list[list[tuple[list[int], Tensor]]] = []
+    rest = []
     for rank in range(2):  # on two ranks from here on
-        resumed = ImageBatches(images, 3, seed=4, rank=rank, world_size=2)
+        resumed = BucketOrder(images.buckets, 3, seed=4, rank=rank, world_size=2)
         resumed.load_state_dict(state)
-        rest.append([identity(batch) for batch in itertools.islice(resumed, 6)])
-    again = head + [batch for pair in zip(*rest, strict=True) for batch in pair]
-    assert [indices for indices, _ in again] == [indices for indices, _ in whole[:19]]
+        rest.append(list(itertools.islice(resumed, 6)))
+    assert head + [batch for pair in zip(*rest, strict=True) for batch in pair] == whole[:19]
 
 
 def test_names_every_file_that_is_broken_or_has_no_caption(folder: Path) -> None:

@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from twostep.disk import size_text
 from twostep.train.data import TeacherCache, sample_noise
-from twostep.train.data.disk import size_text
 from twostep.zoo import AdapterBase, Context, Teacher
 from twostep.zoo.context_cache import OnlineContexts
 from twostep.zoo.encoders import ZImageTextEncoder

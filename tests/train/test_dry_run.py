@@ -152,7 +152,7 @@ def test_ranks_that_cannot_be(place: Place, tmp_path: Path, monkeypatch: pytest.
 def test_anchors_must_stand_where_the_first_step_ends(place: Place, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     command = ["cache", "--model", str(place.model), "--prompts", str(place.prompts), "--out", str(cache)]
-    assert main([*command, "--dtype", "fp32", "--teacher-steps", "4", "--anchor-sigma", "0.5"]) == 0
+    assert main([*command, "--dtype", "float32", "--teacher-steps", "4", "--anchor-sigma", "0.5"]) == 0
     recipe = tiny_runs.recipe(replace(place, cache=cache), "dp_dmd", "full", tmp_path / "run")
     recipe["method"]["cached_anchors"] = True
     recipe["data"]["teacher"] = str(cache / "teacher")

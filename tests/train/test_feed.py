@@ -230,19 +230,19 @@ def test_prompts_come_with_what_their_caches_hold(kind: str, made: Path) -> None
             assert batch.anchor_noise is not None and torch.equal(batch.anchor_noise, teacher.noise(indices))
 
 
-def test_hands_out_what_is_wanted_and_what_is_used_if_it_is_there(made: Path) -> None:
-    def found(teacher: str | None, wants: set[str], uses: set[str]) -> set[str]:
+def test_hands_out_what_is_wanted(made: Path) -> None:
+    def found(teacher: str | None, *wants: str) -> set[str]:
         data = PromptsData(prompts=made / "prompts.txt", teacher=None if teacher is None else made / teacher)
-        with closing(feed_of(data, wants=frozenset(wants), uses=frozenset(uses))) as feed:
+        with closing(feed_of(data, wants=frozenset(wants))) as feed:
             batch = next(feed)
         names = ("latents", "anchor", "anchor_noise", "target_context")
         return {name for name in names if getattr(batch, name) is not None}
 
-    assert found("anchors", {"latents"}, set()) == {"latents"}
-    assert found("anchors", set(), {"anchor"}) == {"anchor", "anchor_noise"}
-    assert found("teacher", {"latents"}, {"anchor"}) == {"latents"}
-    assert found("teacher", set(), set()) == set()
-    assert found(None, set(), {"anchor"}) == set()
+    assert found("anchors", "latents") == {"latents"}
+    assert found("anchors", "anchor") == {"anchor", "anchor_noise"}
+    assert found("anchors", "latents", "anchor") == {"latents", "anchor", "anchor_noise"}
+    assert found("teacher") == set()
+    assert found(None) == set()
 
 
 def test_sizes_come_from_the_recipe_the_cache_or_the_model(made: Path) -> None:
@@ -292,7 +292,6 @@ def test_says_which_cache_does_not_fit(made: Path, tmp_path: Path) -> None:
         (r"wants anchor: write them with `twostep cache --anchor-sigma`", {}, {"wants": anchors}),
         (r"no anchors.* --anchor-sigma 0\.6`", {"teacher": "teacher"}, {"wants": anchors, "anchor_sigma": 0.6}),
         (r"at sigma 0\.75, and .* 0\.6: write", {"teacher": "anchors"}, {"wants": anchors, "anchor_sigma": 0.6}),
-        (r"at sigma 0\.75, and .* 0\.6: write", {"teacher": "anchors"}, {"uses": anchors, "anchor_sigma": 0.6}),
         (r"learns from images, and prompts have none", {}, {"wants": frozenset({"target_context"})}),
         (r"take latents of 5 channels, and the autoencoder of .* makes 4", {}, {"latent_channels": 5}),
     ]

@@ -80,8 +80,6 @@ def test_what_has_not_been_trained_yet_has_no_state_and_comes_back_without(kind:
     again = Optimizer(network(), config, total=10)
     assert again.prepare(whole.numbers()).keys() == whole.tensors().keys()
     assert not any(name.startswith(f"{idle}/") for name in again.tensors())
-    old = {key: value for key, value in whole.numbers().items() if key != "moved"}  # of an earlier version: all have
-    assert any(name.startswith(f"{idle}/") for name in Optimizer(network(), config, total=10).prepare(old))
 
 
 def test_adamw_is_torchs() -> None:

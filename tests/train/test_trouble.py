@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from twostep.durable import sole
 from twostep.train import tensor_file
 from twostep.train.checkpoint import Store
-from twostep.train.durable_folder import sole
 from twostep.train.journal import read_events, read_metrics
 from twostep.train.methods import DPDMD, FlowMatching
 from twostep.train.watch import Watch

@@ -31,7 +31,7 @@ def make_place(family: str, folder: Path) -> Place:
     prompts = tiny_pipelines.prompts(folder)
     images = tiny_pipelines.images(folder, 64 if family == "z-image" else 32)
     cache = folder / "cache"
-    command = ["cache", "--model", str(model), "--prompts", str(prompts), "--out", str(cache), "--dtype", "fp32"]
+    command = ["cache", "--model", str(model), "--prompts", str(prompts), "--out", str(cache), "--dtype", "float32"]
     assert main([*command, "--teacher-steps", "2"]) == 0
     return Place(family, model, prompts, images, cache)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .batches import Batch, PromptBatches, ShapesBatch, ShapesBatches
-    from .images import ImageBatch, ImageBatches, ImageFolder, bucket_sizes
+    from .images import ImageFolder, bucket_sizes
     from .noise import NoiseStreams, draw_noise, noise_generator, sample_noise
     from .order import BucketOrder, Order
     from .pairs import TeacherCache
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "batches": ("Batch", "PromptBatches", "ShapesBatch", "ShapesBatches"),
-    "images": ("ImageBatch", "ImageBatches", "ImageFolder", "bucket_sizes"),
+    "images": ("ImageFolder", "bucket_sizes"),
     "noise": ("NoiseStreams", "draw_noise", "noise_generator", "sample_noise"),
     "order": ("BucketOrder", "Order"),
     "pairs": ("TeacherCache",),
@@ -30,8 +30,6 @@ _HOMES = {
 __all__ = [
     "Batch",
     "BucketOrder",
-    "ImageBatch",
-    "ImageBatches",
     "ImageFolder",
     "NoiseStreams",
     "Order",

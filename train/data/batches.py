@@ -4,7 +4,7 @@
     ShapesBatches    the miniature's drawn images and captions: pre-training; every sample is new, or comes again
                      after as many as are wanted
 
-Both are endless iterators with `state_dict` and `load_state_dict`, as ImageBatches is, and Prefetch takes any of them.
+Both are endless iterators with `state_dict` and `load_state_dict`, and Prefetch takes any of them.
 """
 
 from __future__ import annotations

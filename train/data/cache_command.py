@@ -12,7 +12,6 @@ an interrupted one stopped, with as many ranks as there are then.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -22,13 +21,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twostep.arguments import add_interval, system_fault, usable_device
+from twostep.arguments import add_interval, answered, usable_device
+
+from ..torchrun import Place, place
 
 if TYPE_CHECKING:
     from .prompts import Prompts
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,46 +52,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
     add("--shard-size", type=int, default=256, metavar="N", help="prompts of a shard (default: 256)")
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
-    add("--dtype", choices=DTYPES, default="bf16", help="of the networks and of what is stored (default: bf16)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the networks and what is stored (default: %(default)s)")
     add("--device", help="where the networks run (default: a GPU for each rank if there are any)")
     add("--overwrite", action="store_true", help="write everything anew instead of going on")
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        with _ranks() as ranks:
-            return _run(args, *ranks)
-    except ValueError as error:
-        print(f"twostep cache: {str(error).removeprefix('twostep cache: ')}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"twostep cache: {system_fault(error, args.out)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"twostep cache: interrupted; the same command goes on at what {args.out} lacks", file=sys.stderr)
-        return INTERRUPTED
+    def work() -> int:
+        with _ranks() as here:
+            return _run(args, here)
+
+    return answered("cache", work, out=args.out, kept=f"the same command goes on at what {args.out} lacks")
 
 
-def _run(args: argparse.Namespace, rank: int, world_size: int) -> int:
+def _run(args: argparse.Namespace, here: Place) -> int:
     import torch
 
     from twostep.zoo.context_cache import ContextCache
     from twostep.zoo.saved_student import pipeline_path
     from twostep.zoo.teacher import check_interval
 
-    from .disk import check_space, free_space, size_text
+    from ...disk import check_space, free_space, size_text
     from .pairs import TeacherCache
     from .prompts import read_prompts
 
     check_interval("twostep cache", args.guidance_interval, args.guidance)
     prompts = read_prompts(args.prompts, column=args.column)
     args.model = pipeline_path(args.model)
-    device = usable_device(args.device, "--device", _number("LOCAL_RANK", 0))
+    device = usable_device(args.device, "--device", here.local)
+    rank, world_size = here.rank, here.world_size
     latents = None if args.contexts_only else _latents(args.model, args.subfolder, args.size)
     needed = 0
     if latents is not None:
         kept = 1 if args.anchor_sigma is None else 2
-        itemsize = getattr(torch, DTYPES[args.dtype]).itemsize
+        itemsize = getattr(torch, args.dtype).itemsize
         needed = kept * len(prompts) * latents.channels * latents.height * latents.width * itemsize
         needed = max(0, needed - _written(args.out / "teacher", args.overwrite))
     if rank == 0:
@@ -105,7 +99,7 @@ def _run(args: argparse.Namespace, rank: int, world_size: int) -> int:
             f"to be written to {args.out}, where {size_text(there)} are free",
             file=sys.stderr,
         )
-        check_space(args.out, contexts + needed, "twostep cache")
+        check_space(args.out, contexts + needed, "cache")
 
     _write_contexts(args, prompts, device, rank, world_size, announce)
     if world_size > 1:
@@ -135,7 +129,7 @@ def _write_contexts(
     from ...progress import progress_bar
 
     folder = args.out / "contexts"
-    dtype = getattr(torch, DTYPES[args.dtype])
+    dtype = getattr(torch, args.dtype)
     captions = [*prompts, ""]
     encoder = load_text_encoder(args.model, dtype=dtype, device=device)
     if rank == 0:
@@ -165,7 +159,7 @@ def _write_samples(
 
     from .pairs import TeacherCache
 
-    dtype = getattr(torch, DTYPES[args.dtype])
+    dtype = getattr(torch, args.dtype)
     backbone = load_backbone(args.model, dtype=dtype, device=device, subfolder=args.subfolder).requires_grad_(False)
     negative = contexts[[""]].to(device) if args.guidance != 1 else None
     teacher = Teacher(
@@ -231,26 +225,17 @@ def _size(text: str) -> tuple[int, int]:
 
 
 @contextmanager
-def _ranks() -> Iterator[tuple[int, int]]:
-    """(rank, world size) as torchrun says, and a process group if there are several."""
-    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    if world_size == 1:
-        yield 0, 1
+def _ranks() -> Iterator[Place]:
+    """This process's place, and a process group if there are several."""
+    here = place()
+    if here.world_size == 1:
+        yield here
         return
-    if "MASTER_ADDR" not in os.environ:
-        raise ValueError(f"WORLD_SIZE is {world_size} and MASTER_ADDR is not set; start several ranks with torchrun")
     import torch.distributed as dist
 
     # The ranks wait at a barrier for the slowest; a day is more than one shard takes.
     dist.init_process_group("gloo", timeout=timedelta(days=1))
     try:
-        yield rank, world_size
+        yield here
     finally:
         dist.destroy_process_group()
-
-
-def _number(name: str, otherwise: int) -> int:
-    given = os.environ.get(name, str(otherwise))
-    if not given.isdigit():
-        raise ValueError(f"the environment variable {name} is {given!r}, expected a number: torchrun sets it")
-    return int(given)

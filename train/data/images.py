@@ -14,10 +14,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from PIL import Image
 from torch import Tensor
 
 from ...images import ENDINGS, decoded, size_of
-from .order import BucketOrder
 from .prompts import is_text
 
 METADATA = "metadata.jsonl"
@@ -128,35 +126,6 @@ def centre(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[float, float
     sides = [min(scale * wants, has) for has, wants in zip(size, wanted, strict=True)]  # rounding may reach beyond
     left, top = ((has - side) / 2 for has, side in zip(size, sides, strict=True))
     return left, top, left + sides[0], top + sides[1]
-
-
-@dataclass(frozen=True)
-class ImageBatch:
-    images: Tensor  # [B, 3, H, W] in [-1, 1]
-    captions: list[str]
-    indices: list[int]
-
-
-class ImageBatches:
-    """Batches of images of one size each, without end and with a state (see BucketOrder)."""
-
-    def __init__(self, folder: ImageFolder, batch: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        self.folder = folder
-        self.order = BucketOrder(folder.buckets, batch, seed=seed, rank=rank, world_size=world_size)
-
-    def __iter__(self) -> Iterator[ImageBatch]:
-        return self
-
-    def __next__(self) -> ImageBatch:
-        _, items = next(self.order)
-        images = torch.stack([self.folder[item] for item in items])
-        return ImageBatch(images, [self.folder.caption(item) for item in items], items)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.order.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.order.load_state_dict(state)
 
 
 def _entries(folder: Path) -> tuple[list[Entry], list[str]]:

@@ -51,14 +51,11 @@ class Order:
     Args:
         count: how many items there are.
         batch: items of a batch, on this rank.
-        shuffle: False takes the items as they stand, epoch after epoch.
     """
 
-    def __init__(
-        self, count: int, batch: int, *, seed: int = 0, rank: int = 0, world_size: int = 1, shuffle: bool = True
-    ) -> None:
+    def __init__(self, count: int, batch: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         check_ranks("Order", rank, world_size, count=count, batch=batch)
-        self.count, self.batch, self.seed, self.shuffle = count, batch, seed, shuffle
+        self.count, self.batch, self.seed = count, batch, seed
         self.rank, self.world_size = rank, world_size
         self.position = 0  # items that all ranks have taken
         self._epochs: dict[int, Sequence[int]] = {}
@@ -85,12 +82,10 @@ class Order:
         self._epochs = {}
 
     def _identity(self) -> dict[str, Any]:
-        return {"count": self.count, "seed": self.seed, "shuffle": self.shuffle}
+        return {"count": self.count, "seed": self.seed}
 
     def _at(self, place: int) -> int:
         epoch, item = divmod(place, self.count)
-        if not self.shuffle:
-            return item
         if epoch not in self._epochs:
             self._epochs[epoch] = permutation(self.seed, "order", epoch, self.count)
         return self._epochs[epoch][item]

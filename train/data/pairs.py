@@ -41,14 +41,14 @@ from twostep.zoo.context_shards import (
     is_whole,
     merge,
     open_shard,
-    publish,
     read_index,
 )
 from twostep.zoo.encoders import fingerprint
 from twostep.zoo.teacher import EVERYWHERE
 
+from ...disk import check_space
+from ...durable import clear_leftovers, replaced
 from ...progress import progress_bar
-from .disk import check_space
 from .noise import sample_noise
 from .order import check_ranks
 from .prompts import fingerprint as prompts_fingerprint
@@ -355,8 +355,7 @@ def _write_shard(
     report: Callable[[int], None],
 ) -> None:
     name, part = plan.names[shard], plan.part(shard)
-    for left in folder.glob(f".{name}.*"):
-        left.unlink(missing_ok=True)  # of a run that was killed
+    clear_leftovers(folder / name)  # of a run that was killed
     latents: list[Tensor] = []
     anchors: list[Tensor] = []
 
@@ -384,4 +383,5 @@ def _write_shard(
     if plan.anchor is not None:
         tensors["anchors"] = torch.cat(anchors)
     about = checksums_of(zip(*(tensors[name] for name in ("latents", "anchors") if name in tensors), strict=True))
-    publish(folder / name, lambda path: save_file(tensors, path, {**plan.header, **about}))
+    with replaced(folder / name) as new:
+        save_file(tensors, new, {**plan.header, **about})

@@ -19,6 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
+from ...durable import replaced
+
 COLUMNS = ("prompt", "caption", "text")
 _CHUNK = 4096  # rows that become strings at a time when all are gone through
 
@@ -74,6 +76,12 @@ def fingerprint(prompts: Iterable[str]) -> str:
     for prompt in prompts:
         total.update(hashlib.sha256(prompt.encode()).digest())
     return total.hexdigest()[:32]
+
+
+def write_prompts(path: Path, prompts: Iterable[str]) -> None:
+    """A text file of them, one a line."""
+    with replaced(path) as new:
+        new.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
 
 
 def read_prompts(path: str | Path, *, column: str | None = None) -> Prompts:

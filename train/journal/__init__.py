@@ -1,6 +1,5 @@
 """What makes a run visible: numbers, pictures and events as files, in TensorBoard and wandb, and a bar of progress."""
 
 from .journal import Journal, NullJournal, read_events, read_metrics
-from .sinks import WandbConfig
 
-__all__ = ["Journal", "NullJournal", "WandbConfig", "read_events", "read_metrics"]
+__all__ = ["Journal", "NullJournal", "read_events", "read_metrics"]

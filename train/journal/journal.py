@@ -17,21 +17,24 @@ Values that JSON has no word for are the strings "NaN", "Infinity", "-Infinity";
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..durable_folder import TEMPORARY
+from ...durable import replaced
+from ...images import pil_image
 from .display import Display
 from .line_file import NOT_FINITE, LineFile, Record, read_lines
-from .sinks import Sink, TensorBoard, Wandb, WandbConfig, import_wandb
+from .sinks import Sink, TensorBoard, Wandb, import_wandb
+
+if TYPE_CHECKING:
+    from ..recipe import WandbSettings
 
 RESERVED = ("iteration", "seconds", "time")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -66,7 +69,7 @@ class Journal:
         total: int,
         resumed_at: int | None = None,
         tensorboard: bool = True,
-        wandb: WandbConfig | None = None,
+        wandb: WandbSettings | None = None,
         settings: Mapping[str, Any] | None = None,
         progress: bool = True,
     ) -> None:
@@ -113,9 +116,8 @@ class Journal:
             raise ValueError(f"journal: a picture is called {name!r}, expected letters, digits, '_', '.' and '-'")
         picture = as_picture(image)
         path = self._samples / f"{name}-{iteration:08d}.png"
-        temporary = path.with_name(f"{TEMPORARY}{path.name}")
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        with replaced(path) as new:
+            picture.save(new, format="PNG")
         for sink in self._sinks:
             sink.picture(iteration, name, picture)
 
@@ -160,7 +162,7 @@ class Journal:
         return {"iteration": int(iteration), "seconds": round(seconds, 3), "time": round(time.time(), 3)}
 
     def _open_sinks(
-        self, tensorboard: bool, wandb: WandbConfig | None, resumed_at: int | None, settings: Mapping[str, Any] | None
+        self, tensorboard: bool, wandb: WandbSettings | None, resumed_at: int | None, settings: Mapping[str, Any] | None
     ) -> None:
         if tensorboard:
             try:
@@ -179,7 +181,7 @@ class Journal:
         pictures = 0
         for path in list(self._samples.iterdir()):
             found = _PICTURE.fullmatch(path.name)
-            if path.name.startswith(TEMPORARY) or (found and int(found[1]) > iteration):
+            if path.name.startswith(".") or (found and int(found[1]) > iteration):
                 path.unlink()
                 pictures += 1
         return {"lines": lines, "pictures": pictures}
@@ -222,4 +224,4 @@ def as_picture(image: Image.Image | Tensor) -> Image.Image:
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
         given = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(f"journal: a picture is {given}, expected a PIL image or a uint8 tensor [3, height, width]")
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    return pil_image(image)

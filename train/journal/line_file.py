@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..durable_folder import TEMPORARY, sync_folder
+from ...durable import clear_leftovers, replaced
 
 Record = dict[str, Any]
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -26,9 +26,9 @@ NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 class LineFile:
     def __init__(self, path: Path) -> None:
         self.path = path
-        _temporary(path).unlink(missing_ok=True)  # of a process killed in the middle of a revision
+        clear_leftovers(path)  # of a process killed in the middle of a revision
         self._handle = _open(path)
-        self.torn = _cut_torn_end(self._handle)  # bytes of the line that a killed process had begun
+        _cut_torn_end(self._handle)
 
     def append(self, record: Mapping[str, Any]) -> None:
         rest = memoryview(encode(record))
@@ -68,24 +68,16 @@ def encode(record: Mapping[str, Any]) -> bytes:
 
 
 def replace_file(path: Path, lines: Iterable[bytes]) -> None:
-    temporary = _temporary(path)
-    with open(temporary, "wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{TEMPORARY}{path.name}")
+    with replaced(path) as new:
+        new.write_bytes(b"".join(lines))
 
 
 def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
-def _cut_torn_end(handle: int) -> int:
+def _cut_torn_end(handle: int) -> None:
+    """Takes away the line that a killed process had begun."""
     size = end = os.fstat(handle).st_size
     while end:  # backwards to the last newline
         start = max(0, end - 65536)
@@ -95,7 +87,6 @@ def _cut_torn_end(handle: int) -> int:
             break
     if end < size:
         os.ftruncate(handle, end)
-    return size - end
 
 
 def _whole_lines(path: Path) -> Iterable[tuple[bytes, Record]]:

@@ -6,14 +6,16 @@ import importlib
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL.Image import Image
 
 from .line_file import replace_file
+
+if TYPE_CHECKING:
+    from ..recipe import WandbSettings
 
 Settings = Mapping[str, Any]
 
@@ -28,14 +30,6 @@ class Sink(Protocol):
     def flush(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class WandbConfig:
-    project: str
-    entity: str | None = None
-    name: str | None = None
-    mode: Literal["online", "offline", "disabled"] = "online"
 
 
 class TensorBoard:
@@ -83,7 +77,7 @@ class Wandb:
     """
 
     def __init__(
-        self, config: WandbConfig, folder: Path, resumed_at: int | None, settings: Settings | None, module: Any = None
+        self, config: WandbSettings, folder: Path, resumed_at: int | None, settings: Settings | None, module: Any = None
     ) -> None:
         self._module = module or import_wandb()
         self._run = self._module.init(
@@ -125,7 +119,7 @@ def import_wandb() -> Any:
         ) from error
 
 
-def _run_id(path: Path, config: WandbConfig, resumed_at: int | None) -> str:
+def _run_id(path: Path, config: WandbSettings, resumed_at: int | None) -> str:
     """The id in `path`, or a new one where the run is new or had no wandb so far."""
     place = {"project": config.project, "entity": config.entity}
     if resumed_at is not None and path.exists():

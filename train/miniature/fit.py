@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...durable import sole
 from ..checkpoint import Store
 from ..data import noise_generator
-from ..durable_folder import sole
 from ..journal import Journal
 from ..optimizers import Optimizer
 from ..recipe import OptimizerConfig

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
+from ...durable import publish, temporary
 from ...zoo.miniature import BASE_AT_ITS_BEST, Miniature, miniature
 from ...zoo.miniature.architecture import LARGE, Sizes, build_transformer
 from ...zoo.miniature.model import weights_folder
-from ..durable_folder import publish, temporary
 from ..result import finished
 from .autoencoder import reconstruction_psnr, train_autoencoder
 from .encoders import reading, train_encoders

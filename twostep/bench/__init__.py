@@ -6,9 +6,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import shlex
 import sys
 from pathlib import Path
+
+from ..allocator import keep_freed_memory
+from ..arguments import answered, usable_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,41 +59,28 @@ def _add_unroll_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.part is None:
+        return answered("bench", lambda: _run(arguments), out=arguments.out)
+    part = importlib.import_module(f".{arguments.part}", __name__)
+    return answered(f"bench {arguments.part}", lambda: part.run(arguments), out=arguments.out)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     import torch
 
-    if arguments.part == "unroll":
-        from . import unroll
-
-        return unroll.run(arguments)
-    if arguments.part == "launch":
-        from . import launch
-
-        return launch.run(arguments)
-
-    from ..allocator import keep_freed_memory
     from . import cases, report
     from .measure import Row, measure
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        print("bench: --device cuda was asked for, and torch sees no GPU (twostep doctor says why)", file=sys.stderr)
-        return 2
-    try:
-        ops = _chosen(arguments.ops, cases.OPS)
-        default = cases.CPU_SHAPES if device == "cpu" else cases.CUDA_SHAPES
-        shapes = [cases.Shape.parse(text) for text in arguments.shapes] if arguments.shapes else list(default)
-        usual = ("float32", "bfloat16") if device == "cpu" else ("bfloat16",)
-        dtypes = _chosen(arguments.dtypes, usual, ("float32", "bfloat16", "float16"))
-        _check_numbers(arguments)
-        for shape in shapes:
-            cases.check(shape, ops)
-        if arguments.out:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    device = prepared(arguments)
+    ops = _chosen(arguments.ops, cases.OPS)
+    default = cases.CPU_SHAPES if device == "cpu" else cases.CUDA_SHAPES
+    shapes = [cases.Shape.parse(text) for text in arguments.shapes] if arguments.shapes else list(default)
+    usual = ("float32", "bfloat16") if device == "cpu" else ("bfloat16",)
+    dtypes = _chosen(arguments.dtypes, usual, ("float32", "bfloat16", "float16"))
+    if not 0 < arguments.seconds < float("inf"):
+        raise ValueError(f"--seconds is {arguments.seconds}, expected a number above 0")
+    for shape in shapes:
+        cases.check(shape, ops)
     if not arguments.system_allocator:
         keep_freed_memory()
 
@@ -118,11 +109,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
-    if arguments.threads is not None and arguments.threads < 1:
-        raise ValueError(f"--threads is {arguments.threads}, expected at least 1")
-    if not 0 < arguments.seconds < float("inf"):
-        raise ValueError(f"--seconds is {arguments.seconds}, expected a number above 0")
+def prepared(arguments: argparse.Namespace) -> str:
+    """The device that was asked for or is there, torch's threads set, and the folder made."""
+    import torch
+
+    device = usable_device(arguments.device, "--device").type
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads is {arguments.threads}, expected at least 1")
+        torch.set_num_threads(arguments.threads)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    return device
 
 
 def _chosen(given: list[str] | None, default: tuple[str, ...], accepted: tuple[str, ...] | None = None) -> list[str]:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from . import cases, report, timing
+from ..tables import markdown
+from . import cases, prepared, report, timing
 from .measure import candidates_of
 
 SHAPE = cases.Shape(1, 4, 128)
@@ -58,23 +59,11 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         cells = [f"{row.microseconds[name]:.1f}" if name in row.microseconds else "" for name in names]
         lines.append([f"`{row.op}`", row.dtype, row.direction, *cells])
-    return report.markdown(["op", "dtype", "direction", *names], lines)
+    return markdown(["op", "dtype", "direction", *names], lines)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda was asked for, and torch sees no GPU (twostep doctor says why)")
-        if arguments.threads is not None and arguments.threads < 1:
-            raise ValueError(f"--threads is {arguments.threads}, expected at least 1")
-        if arguments.out:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"bench launch: {error}", file=sys.stderr)
-        return 2
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    device = prepared(arguments)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     rows: list[Row] = []
     for op in cases.OPS:

@@ -7,7 +7,7 @@ import datetime
 import json
 import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from twostep.ops import build_info
+from twostep.tables import markdown
 from twostep.version import __version__
 
 from .measure import Row
@@ -61,18 +62,12 @@ def _cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose columns are not aligned: for pages."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table; the ratio columns say how many times longer the other one takes."""
     others = _others(rows)
     head = ["op", "shape", "dtype", "direction", "ms", "GB/s", "% of copy"]
     head += [f"vs {name}" for name in others] + ["saved MB", "eager saved", "error", "eager error"]
-    lines = [head]
+    lines = []
     for row in rows:
         seconds = row.seconds["twostep"]
         cells = [row.op, row.shape, row.dtype, row.direction, f"{seconds * 1e3:.3f}"]
@@ -81,10 +76,7 @@ def table(rows: Sequence[Row]) -> str:
         cells += [f"{row.saved_bytes[name] / 1e6:.1f}" for name in ("twostep", "eager")]
         cells += [f"{row.errors[name]:.1e}" for name in ("twostep", "eager")]
         lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    text.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in text)
+    return markdown(head, lines, aligned=True)
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -17,7 +17,6 @@ import json
 import statistics
 import sys
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from twostep.memory import LiveBytes
 from twostep.ops import two_step_backward
+from twostep.tables import markdown
 
 CANDIDATES = ("single", "recompute", "retain", "plain")
 CHANNELS = 64  # of an image token: 16 latent channels, 2 x 2 patches, as in Z-Image
@@ -115,38 +114,6 @@ class _Saved:
     def __del__(self) -> None:
         if self._address is not None:
             self._meter.release(self._address, self._size)
-
-
-class LiveBytes(TorchDispatchMode):
-    """The bytes of all tensors made inside the region that are still alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        for t in tree_leaves(outputs):
-            if isinstance(t, Tensor):
-                self._add(t, args)
-        return outputs
-
-    def _add(self, t: Tensor, args: Any) -> None:
-        storage = t.untyped_storage()
-        key = storage._cdata
-        inputs = {a.untyped_storage()._cdata for a in tree_leaves(args) if isinstance(a, Tensor)}
-        if key in self._known or key in inputs:  # a view, or written in place
-            return
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-        def forget(_: Any) -> None:
-            self._known.pop(key, None)
-            self.now -= size
-
-        self._known[key] = weakref.ref(storage, forget)
 
 
 @dataclass(frozen=True)
@@ -258,7 +225,7 @@ def _timed(device: str) -> Iterator[Callable[[], float]]:
 
 def table(rows: Sequence[Row]) -> str:
     head = ["depth", "blocks", "mode", "saved MB", "x single", "live MB", "x single", "ms", "x single", "runs of first"]
-    lines = [head]
+    lines = []
     single: dict[tuple[int, bool], Row] = {(r.depth, r.checkpointed): r for r in rows if r.mode == "single"}
     for row in rows:
         unit = single[row.depth, row.checkpointed]
@@ -267,36 +234,21 @@ def table(rows: Sequence[Row]) -> str:
         cells += [f"{row.live_bytes / 1e6:.1f}", f"{row.live_bytes / unit.live_bytes:.2f}"]
         cells += [f"{row.seconds * 1e3:.0f}", f"{row.seconds / unit.seconds:.2f}", str(row.first_forwards)]
         lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    text.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in text)
+    return markdown(head, lines, aligned=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from . import cases, report
+    from . import cases, prepared, report
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda was asked for, and torch sees no GPU (twostep doctor says why)")
-        for name in ("repetitions", "threads"):
-            value = getattr(arguments, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} is {value}, expected at least 1")
-        if min(arguments.depths) < 1:
-            raise ValueError(f"--depths has {min(arguments.depths)}, expected at least 1")
-        shape = cases.Shape.parse(arguments.shape or ("2x256x256" if device == "cpu" else "2x4096x2048"))
-        heads = max(1, shape.width // 64)
-        if shape.width % heads:
-            raise ValueError(f"--shape is {shape}, and its width must be a multiple of 64, or smaller than 128")
-        if arguments.out:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"bench unroll: {error}", file=sys.stderr)
-        return 2
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    device = prepared(arguments)
+    if arguments.repetitions < 1:
+        raise ValueError(f"--repetitions is {arguments.repetitions}, expected at least 1")
+    if min(arguments.depths) < 1:
+        raise ValueError(f"--depths has {min(arguments.depths)}, expected at least 1")
+    shape = cases.Shape.parse(arguments.shape or ("2x256x256" if device == "cpu" else "2x4096x2048"))
+    heads = max(1, shape.width // 64)
+    if shape.width % heads:
+        raise ValueError(f"--shape is {shape}, and its width must be a multiple of 64, or smaller than 128")
     dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else "bfloat16"))
     rows: list[Row] = []
     for checkpointed in (False, True):

@@ -43,7 +43,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 # for something half its size.
 SLACK = 1.25
 
-
 # Storages on their way out at a time: while one is copied, the next may be made. The computation waits for the link
 # where it saves faster than that.
 LEAVING = 2

@@ -162,9 +162,8 @@ def two_step_backward(
         return _plain(unroll)
     held = Held(noise.device, offload)
     with policy.settled():
-        if (
-            mode == "retain" or final_loss is None
-        ):  # without a final loss, second keeps nothing that first's graph adds to
+        # Without a final loss, second keeps nothing that first's graph adds to.
+        if mode == "retain" or final_loss is None:
             return _retain(unroll, policy, held)
         conditions = Conditions.capture(noise.device, replayed)
         if uses and not any(p.requires_grad for module in uses for p in module.parameters()):

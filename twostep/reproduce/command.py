@@ -27,6 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..arguments import INTERRUPTED, answered
+from ..durable import replaced
 from .experiments import EXPERIMENTS, Arm, Experiment
 
 PROMPTS = (0x9E0D, 2048)  # the stream of captions, and how many
@@ -51,34 +53,31 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from ..allocator import keep_freed_memory
-    from ..train.result import finished
 
     logging.disable_progress_bar()
     keep_freed_memory()
-    experiment = EXPERIMENTS[args.experiment]
-    args.out = (args.out or Path("runs/reproduce") / experiment.name).resolve()
-    try:
-        if args.seeds < 1 or (args.iterations or 1) < 1:
-            raise ValueError(f"--seeds is {args.seeds} and --iterations {args.iterations}, expected at least 1")
-        if args.arms:
-            experiment = only(experiment, args.arms)
-        args.out.mkdir(parents=True, exist_ok=True)
-        if status := _prepare(experiment, args):
-            return status
-        trained = [arm for arm in experiment.arms if arm.recipe is not None]
-        for number, (seed, arm) in enumerate([(s, a) for s in range(args.seeds) for a in trained], start=1):
-            _say(f"run {number} of {args.seeds * len(trained)}: {arm.name}, seed {seed}")
-            folder = _folder(args, arm, seed)
-            if (status := _train(experiment, arm, seed, args)) or not finished(folder):
-                return status or 130  # stopped by a signal: everything is kept
-        _say("measuring")
-        _measure(experiment, args)
-    except KeyboardInterrupt:
-        print("\ntwostep reproduce: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"twostep reproduce: {error}", file=sys.stderr)
-        return 2
+    args.out = (args.out or Path("runs/reproduce") / args.experiment).resolve()
+    return answered("reproduce", lambda: _run(EXPERIMENTS[args.experiment], args), out=args.out)
+
+
+def _run(experiment: Experiment, args: argparse.Namespace) -> int:
+    from ..train.result import finished
+
+    if args.seeds < 1 or (args.iterations or 1) < 1:
+        raise ValueError(f"--seeds is {args.seeds} and --iterations {args.iterations}, expected at least 1")
+    if args.arms:
+        experiment = only(experiment, args.arms)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if status := _prepare(experiment, args):
+        return status
+    trained = [arm for arm in experiment.arms if arm.recipe is not None]
+    for number, (seed, arm) in enumerate([(s, a) for s in range(args.seeds) for a in trained], start=1):
+        _say(f"run {number} of {args.seeds * len(trained)}: {arm.name}, seed {seed}")
+        folder = _folder(args, arm, seed)
+        if (status := _train(experiment, arm, seed, args)) or not finished(folder):
+            return status or INTERRUPTED  # stopped by a signal: everything is kept
+    _say("measuring")
+    _measure(experiment, args)
     return 0
 
 
@@ -110,13 +109,12 @@ def _folder(args: argparse.Namespace, arm: Arm, seed: int) -> Path:
 
 
 def _prepare(experiment: Experiment, args: argparse.Namespace) -> int:
-    from ..train.data import cache_command
+    from ..cli import main
+    from ..train.data.prompts import write_prompts
     from ..zoo.miniature import samples
     from .concept import write_folder
 
     concept = args.out / "concept"
-    if experiment.concept and concept.exists() and not (concept / "prompts.txt").exists():
-        raise ValueError(f"{concept} is of an older experiment: give another --out, or remove it")
     if experiment.concept and not concept.exists():
         write_folder(args.out / "concept.new", *CONCEPT)
         (args.out / "concept.new").rename(concept)
@@ -125,33 +123,18 @@ def _prepare(experiment: Experiment, args: argparse.Namespace) -> int:
     prompts = args.out / "prompts.txt"
     if not prompts.exists():
         stream, count = PROMPTS
-        new = prompts.with_suffix(".new")
-        new.write_text("".join(f"{caption}\n" for caption in samples(stream, 0, count).captions), encoding="utf-8")
-        new.replace(prompts)
-    parser = argparse.ArgumentParser()
-    cache_command.add_arguments(parser)
+        write_prompts(prompts, samples(stream, 0, count).captions)
     for number, sigma in enumerate(experiment.anchor_sigmas or (None,)):
         out = args.out / ("cache" if number == 0 else f"cache-{sigma}")
-        given = [
-            "--model",
-            args.model,
-            "--prompts",
-            str(prompts),
-            "--out",
-            str(out),
-            "--dtype",
-            "fp32",
-            "--batch",
-            "32",
-        ]
+        where = ["--model", args.model, "--prompts", str(prompts), "--out", str(out)]
         anchor = [] if sigma is None else ["--anchor-sigma", str(sigma)]
-        if status := cache_command.run(parser.parse_args([*given, *anchor])):
+        if status := main(["cache", *where, "--dtype", "float32", "--batch", "32", *anchor]):
             return status
     return 0
 
 
 def _train(experiment: Experiment, arm: Arm, seed: int, args: argparse.Namespace) -> int:
-    from ..train.command import add_arguments, run
+    from ..cli import main
 
     assert arm.recipe is not None
     places = {"PROMPTS": args.out / "prompts.txt", "CACHE": args.out / "cache", "CONCEPT": args.out / "concept"}
@@ -161,9 +144,7 @@ def _train(experiment: Experiment, arm: Arm, seed: int, args: argparse.Namespace
         settings = [setting.replace(word, str(place)) for setting in settings]
     own = [f"model={args.model}", f"out={_folder(args, arm, seed)}", f"seed={seed}"]
     own += [f"iterations={_iterations(experiment, arm, args)}", "watch.evaluate=null"]
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args([arm.recipe, *own, *settings, *args.overrides]))
+    return main(["train", arm.recipe, *own, *settings, *args.overrides])
 
 
 def _iterations(experiment: Experiment, arm: Arm, args: argparse.Namespace) -> int:
@@ -223,9 +204,8 @@ def _measure(experiment: Experiment, args: argparse.Namespace) -> None:
     which = "".join(f"-{_slug(name)}" for name in args.arms or ())
     draw(experiment, values, args.out / f"table{which}.png")
     for name, text in ((f"table{which}.md", table), (f"results{which}.json", json.dumps(facts, indent=1) + "\n")):
-        new = args.out / f".{name}.new"
-        new.write_text(text, encoding="utf-8")
-        new.replace(args.out / name)
+        with replaced(args.out / name) as new:
+            new.write_text(text, encoding="utf-8")
     print(table)
     print(args.out / f"table{which}.md")
 

@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..images import pil_image, to_bytes
+from ..train.data.prompts import write_prompts
 from ..zoo.miniature import Scenes, samples, scenes
 from ..zoo.miniature.captions import say_all, write
 from ..zoo.miniature.detector import Detector, detect
@@ -71,15 +73,13 @@ def write_folder(folder: Path, stream: int, count: int, others: int) -> None:
     _write_images(folder / "alone", drawn, said)
     _write_images(folder / "any", torch.cat([drawn, ordinary.images]), said + ordinary.captions)
     _write_images(folder / "one-shape", torch.cat([drawn, render(single)]), said + write(say_all(single)))
-    (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in ordinary.captions), encoding="utf-8")
+    write_prompts(folder / "prompts.txt", ordinary.captions)
 
 
 def _write_images(folder: Path, drawn: Tensor, said: list[str]) -> None:
-    from PIL import Image
-
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (image, caption) in enumerate(zip(((drawn + 1) * 127.5).round().to(torch.uint8), said, strict=True)):
-        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(folder / f"{number:04}.png")
+    for number, (image, caption) in enumerate(zip(to_bytes(drawn), said, strict=True)):
+        pil_image(image).save(folder / f"{number:04}.png")
         (folder / f"{number:04}.txt").write_text(caption, encoding="utf-8")
 
 

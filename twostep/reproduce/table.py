@@ -6,15 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .. import tables
 from ..evaluate.study import METRICS
 from .experiments import Claim, Experiment
 
 # Two-sided 95 % of Student's t, by degrees of freedom; beyond ten the last serves, and is a little wide.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 BETTER = {"concept": "more", "unsaid": "more", **{name: metric.better for name, metric in METRICS.items()}}
-Values = Mapping[
-    str, Mapping[str, Sequence[float]]
-]  # arm, metric: a number for each seed; one where nothing is trained
+# arm, metric: a number for each seed; one where nothing is trained
+Values = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,23 @@ def markdown(experiment: Experiment, values: Values, seeds: int) -> str:
         cells = [str(Spread.of(values[arm.name][metric])) if metric in values[arm.name] else "" for metric in metrics]
         printed = [str(value) for value in arm.paper] or [""] * len(experiment.columns)
         rows.append([arm.name, *cells, *printed])
-    lines = [_line(heads), _line(["---"] * len(heads)), *map(_line, rows)]
-    claims = [_line(["claim", "by", "here", "difference"]), _line(["---"] * 4)]
+    claims = []
     for claim in experiment.claims:
         verdict, difference = judge(claim, values)
         said = f"{claim.better} is better than {claim.worse}{' (ours)' if claim.ours else ''}"
-        claims.append(_line([said, title(claim.metric), verdict, str(difference)]))
+        claims.append([said, title(claim.metric), verdict, str(difference)])
     return (
         f"The right half is {experiment.paper}, on its own models and metrics. The left half is the miniature: means "
         f"of {seeds} seeds and 95 % intervals over seeds (Student's t); a single number where nothing is trained.\n\n"
-        + "\n".join(lines)
+        + tables.markdown(heads, rows)
         + "\n\nA claim holds, or is reversed, where the difference of the two arms, seed by seed, has an interval "
         f"without 0. Each is asked at 95 %, and they are {len(experiment.claims)}: were all differences chance, about "
-        f"{len(experiment.claims) / 20:.1f} of them would be told.\n\n" + "\n".join(claims) + "\n"
+        f"{len(experiment.claims) / 20:.1f} of them would be told.\n\n"
+        + tables.markdown(["claim", "by", "here", "difference"], claims)
+        + "\n"
     )
 
 
 def title(metric: str) -> str:
     better = "↑" if BETTER[metric] == "more" else "↓"
     return f"{METRICS[metric].title if metric in METRICS else metric} {better}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -2,8 +2,7 @@
 
 `hidden_states[k]` of transformers is what layer k hands on (k = 0: the embeddings), and the last one has gone through
 the final norm. A tower cut after layer k, its norm gone, ends in exactly hidden_states[k]. What is cut off costs
-neither time nor
-memory: one layer of 36 for Z-Image, nine of 36 for klein.
+neither time nor memory: one layer of 36 for Z-Image, nine of 36 for klein.
 """
 
 from __future__ import annotations

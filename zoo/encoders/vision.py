@@ -283,7 +283,8 @@ def _pictures(images: Tensor | Sequence[Any], count: int) -> list[Any]:
 
 
 def _picture(image: Any) -> Any:
-    from PIL import Image
+
+    from ...images import pil_image
 
     if not isinstance(image, Tensor):
         raise TypeError(f"{WHERE}: an image is {type(image).__name__}, expected a torch.Tensor or a PIL image")
@@ -297,7 +298,7 @@ def _picture(image: Any) -> Any:
         raise ValueError(
             f"{WHERE}: an image has values from {values.min().item():g} to {values.max().item():g}, expected [0, 1]"
         )
-    return Image.fromarray((values * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+    return pil_image((values * 255).round().to(torch.uint8))
 
 
 def _plain(value: Any) -> Any:

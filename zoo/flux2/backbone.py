@@ -30,8 +30,7 @@ class Flux2Backbone(Backbone):
         if takes and embedded_guidance is None:
             raise ValueError(
                 "Flux2Backbone: this model was distilled with a guidance input (guidance_embeds in its config): give "
-                "it with "
-                "embedded_guidance=..., 4.0 in the public pipeline"
+                "it with embedded_guidance=..., 4.0 in the public pipeline"
             )
         if not takes and embedded_guidance is not None:
             raise ValueError("Flux2Backbone: embedded_guidance was given, and this model has no guidance input")

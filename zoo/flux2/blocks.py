@@ -1,8 +1,9 @@
 """FLUX.2's blocks, attention and output norm on the fused operators; names and parameters are those of diffusers.
 
-    double block, on image and on text:   x, h = x + g1 z,  LN(x) (1 + s2) + b2      one seam, one pass;  x = x + g2
-    ff(h) single block:                         x = x + g to_out([attention, swiglu]), both from one projection of LN(x)
-    (1 + s) + b
+    double block, on image and on text:   x, h = x + g1 z, LN(x) (1 + s2) + b2      one seam, one pass
+                                          x = x + g2 ff(h)
+    single block:                         x = x + g to_out([attention, swiglu])
+                                          both from one projection of LN(x) (1 + s) + b
 
 LayerNorms have no weight; modulation is shared by all blocks, [B, 1, D] or [B, L, D]. Rotary tables are real,
 [1, S, Dh/2, 2]; stock's pair (cos, sin), each [S, Dh] with every value twice, is taken as well.

@@ -2,7 +2,7 @@
 
 from .captions import Claims, Verdict, claims_of, judge, say, write
 from .model import BASE_AT_ITS_BEST, Miniature, miniature
-from .shapes import Scenes, render, sample_scenes, scenes, scenes_at
+from .shapes import Scenes, render, scenes, scenes_at
 from .stream import Samples, samples, samples_at
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "judge",
     "miniature",
     "render",
-    "sample_scenes",
     "samples",
     "samples_at",
     "say",

@@ -87,12 +87,6 @@ def scenes(seed: int, start: int, count: int) -> Scenes:
     return scenes_at(seed, torch.arange(start, start + count))
 
 
-def sample_scenes(n: int, generator: torch.Generator) -> Scenes:
-    """n scenes of a stream that the generator chooses."""
-    seed = int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
-    return scenes(seed, 0, n)
-
-
 def scenes_at(seed: int, index: Tensor) -> Scenes:
     """The scenes of these indices: a scene depends on (seed, index), on no other."""
     if index.dim() != 1 or index.dtype != torch.int64:

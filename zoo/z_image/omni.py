@@ -180,8 +180,8 @@ def _check(model: Any, context: Context, count: int) -> None:
     if segments < count + 1:
         raise ValueError(
             f"Z-Image: a context with {count} references has captions of {segments or 'unknown'} segments, expected "
-            f"lengths "
-            f"[{context.batch}, {count + 1} or more]: a segment before each reference and before the noisy image"
+            f"lengths [{context.batch}, {count + 1} or more]: a segment before each reference and before the noisy "
+            f"image"
         )
     if context.vision and model.siglip_embedder is None:
         raise ValueError(

@@ -1,9 +1,10 @@
-"""Folders that are there whole or not at all, whenever the process or the machine stops.
+"""Files and folders that are there whole or not at all, whenever the process or the machine stops.
 
-A folder is filled under a temporary name, and renamed when every byte is on the disk. A rename is one step to every
-reader, and survives a power cut once the folder above it is synced. The filler holds a lock (flock) on its temporary
-folder; the kernel releases it at death of any kind, so a temporary folder that can be locked is a dead process's,
-whatever container or reused process number it came from.
+A file is written under a hidden name of its own, `.<name>.<random>`, and renamed when it is on the disk. A folder is
+filled under a temporary name, and renamed when every byte is on the disk. A rename is one step to every reader, and
+survives a power cut once the folder above it is synced. The filler holds a lock (flock) on its temporary folder; the
+kernel releases it at death of any kind, so a temporary folder that can be locked is a dead process's, whatever
+container or reused process number it came from.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import errno
 import fcntl
 import glob
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +22,33 @@ from pathlib import Path
 
 TEMPORARY, ASIDE = ".tmp-", ".old-"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Where to write a file, which becomes `path` at the end, in the place of what was there. An error leaves that."""
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield new
+        sync(new)
+        os.replace(new, path)
+        sync_folder(path.parent)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Removes what killed processes had written of the file; for the one process that writes it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        left.unlink(missing_ok=True)
+
+
+def sync(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:
