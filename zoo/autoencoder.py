@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from torch import Tensor
 
+from .place import check_loaded, folder_or_hub_id
 from .variant import variant_of
 
 KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLFlux2": AutoencoderKLFlux2}
@@ -138,7 +139,7 @@ def load_autoencoder(
     """
     config = autoencoder_config(path_or_hub_id, subfolder)
     LatentSpace.of(config)  # or an error that says which classes are known
-    source = _source(path_or_hub_id)
+    source = folder_or_hub_id(path_or_hub_id, "load_autoencoder")
     vae, report = KINDS[config["_class_name"]].from_pretrained(
         source,
         subfolder=subfolder,
@@ -147,39 +148,23 @@ def load_autoencoder(
         use_safetensors=True,
         output_loading_info=True,
     )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(map(str, report.get(kind) or ()))
-        if names:
-            raise ValueError(
-                f"load_autoencoder: the weights in {path_or_hub_id}/{subfolder} do not fit their configuration: "
-                f"{len(names)} {kind.replace('_', ' ')}, for instance {', '.join(names[:4])}"
-            )
+    check_loaded(report, "load_autoencoder", f"{path_or_hub_id}/{subfolder}")
     return Autoencoder(vae.to(device).eval().requires_grad_(False))
 
 
 def autoencoder_config(path_or_hub_id: str | Path, subfolder: str = "vae") -> dict[str, Any]:
     """Its configuration, without its weights."""
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir() and not (folder / subfolder / "config.json").is_file():
+    source = folder_or_hub_id(path_or_hub_id, "load_autoencoder")
+    if isinstance(source, Path) and not (source / subfolder / "config.json").is_file():
         raise ValueError(
-            f"load_autoencoder: {folder} has no {subfolder}/ with a config.json; give a diffusers pipeline's folder "
+            f"load_autoencoder: {source} has no {subfolder}/ with a config.json; give a diffusers pipeline's folder "
             f"that holds its autoencoder"
         )
-    if not folder.is_dir() and (str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~"))):
-        raise ValueError(
-            f"load_autoencoder: there is no folder {folder}; give a pipeline's folder, or owner/name on the hub"
-        )
-    source = _source(path_or_hub_id)
     try:
         config: dict[str, Any] = AutoencoderKL.load_config(source, subfolder=subfolder)  # any class's reads any
     except OSError as error:
         raise ValueError(f"load_autoencoder: {source} gave no configuration of {subfolder}/: {error}") from None
     return config
-
-
-def _source(path_or_hub_id: str | Path) -> str | Path:
-    folder = Path(path_or_hub_id).expanduser()
-    return folder if folder.is_dir() else path_or_hub_id
 
 
 def pack(z: Tensor) -> Tensor:

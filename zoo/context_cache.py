@@ -14,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -26,8 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..durable import clear_leftovers, replaced
+from ..progress import progress_bar
 from .context import Context
-from .context_shards import (
+from .encoders.protocol import TextEncoder
+from .encoders.tokens import check_count, check_prompts
+from .shards import (
     CONTEXTS,
     FORMAT,
     VERSION,
@@ -39,11 +41,9 @@ from .context_shards import (
     clear,
     is_whole,
     merge,
-    open_shard,
+    open_own,
     read_index,
 )
-from .encoders.protocol import TextEncoder
-from .encoders.tokens import check_count, check_prompts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -87,7 +87,7 @@ class Plan:
         return -(-len(self.prompts) // self.shard_size)
 
     def name(self, shard: int) -> str:
-        return f"contexts-{shard:05d}-of-{self.shards:05d}.safetensors"
+        return CONTEXTS.name(shard, self.shards)
 
     def part(self, shard: int) -> list[str]:
         return self.prompts[shard * self.shard_size : (shard + 1) * self.shard_size]
@@ -103,7 +103,7 @@ class ContextCache:
 
     def __init__(self, folder: str | Path, encoder: TextEncoder | str | None = None) -> None:
         self.folder = Path(folder)
-        self._index = read_index(self.folder)
+        self._index = read_index(self.folder, CONTEXTS)
         header = self._index["header"]
         self.encoder: str = header["encoder"]
         self.template: str = header["template"]
@@ -112,7 +112,7 @@ class ContextCache:
             self.check(encoder)
         self._shards = self._index["shards"]
         for shard in self._shards:
-            check_file(self.folder / shard["file"], shard["bytes"])
+            check_file(self.folder / shard["file"], shard["bytes"], CONTEXTS)
         names = [name for shard in self._shards for name in shard["prompts"]]
         self._place = {name: place for place, name in enumerate(names)}
         self._first = [0, *accumulate(len(shard["prompts"]) for shard in self._shards)]
@@ -138,7 +138,7 @@ class ContextCache:
         Args:
             resume: keep the shards that are there; they must come from the same encoder, captions, dtype and
                 shard_size. False writes everything anew.
-            progress: called with (done, total) captions of this rank; True shows a bar if rich is installed.
+            progress: called with (done, total) captions of this rank; True shows a bar on rank 0.
             rank, world_size: every rank calls this with the same captions and writes every world_size-th shard; the
                 index appears when the last of them is done.
         """
@@ -155,8 +155,8 @@ class ContextCache:
             own, names = ({plan.name(shard) for shard in shards} for shards in (mine, range(plan.shards)))
             clear(folder, own, names, rank, CONTEXTS)
         total = sum(len(plan.part(shard)) for shard in mine)
-        with _progress(progress and (progress if callable(progress) else rank == 0), total) as report:
-            done = 0
+        with progress_bar("contexts", shown=progress is True and rank == 0) as bar:
+            report, done = progress if callable(progress) else bar, 0
             for shard in mine:
                 if not (resume and is_whole(folder / plan.name(shard), plan.header, CONTEXTS)):
                     _write_shard(folder, plan, shard, encoder, batch_size)
@@ -239,19 +239,13 @@ class ContextCache:
             self._ends[shard] = [0, *accumulate(int(count) for count in counts)]
         start, end = self._ends[shard][row : row + 2]
         features = self._file(shard).get_slice("features")[start:end]
-        check_row(self.folder / self._shards[shard]["file"], self._shards[shard], row, (features,))
+        check_row(self.folder / self._shards[shard]["file"], self._shards[shard], row, (features,), CONTEXTS)
         return features, lengths
 
     def _file(self, shard: int) -> Any:
         if shard not in self._files:
             path = self.folder / self._shards[shard]["file"]
-            found, file = open_shard(path)
-            if found != self._index["header"]:
-                raise ValueError(
-                    f"{WHERE}: {path} is a shard of another cache; write this one anew with resume=False (`twostep "
-                    f"cache --overwrite`)"
-                )
-            self._files[shard] = file
+            self._files[shard] = open_own(path, self._index["header"], CONTEXTS)
         return self._files[shard]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -321,20 +315,3 @@ def _write_shard(folder: Path, plan: Plan, shard: int, encoder: TextEncoder, bat
     about |= checksums_of((rows[row],) for row in range(len(part)))
     with replaced(folder / name) as new:
         save_file(tensors, new, {**plan.header, **about})
-
-
-@contextmanager
-def _progress(wanted: bool | Callable[[int, int], None], total: int) -> Iterator[Callable[[int, int], None]]:
-    if callable(wanted):
-        yield wanted
-        return
-    try:
-        from rich.progress import Progress
-    except ImportError:
-        wanted = False
-    if not wanted:
-        yield lambda done, total: None
-        return
-    with Progress() as bar:
-        task = bar.add_task("encoding captions", total=total)
-        yield lambda done, total: bar.update(task, completed=done)

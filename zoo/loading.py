@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from .backbone import Backbone
 from .flux2.backbone import Flux2Backbone
 from .fuse import fuse
+from .place import check_loaded, folder_or_hub_id
 from .variant import variant_of
 from .z_image.backbone import ZImageBackbone
 
@@ -49,17 +50,11 @@ def load_backbone(
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"load_backbone: dtype is {dtype!r}, expected a torch.dtype such as torch.bfloat16")
-    folder = Path(path).expanduser()
-    local = folder.is_dir()
-    path = folder if local else path
-    if not local and (folder.exists() or len(str(path).split("/")) != 2 or str(path).startswith((".", "/", "~"))):
-        found = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(
-            f"load_backbone: {path} {found}; expected a diffusers folder, or a hub id of the form owner/name"
-        )
-    if subfolder is None and (not local or (folder / "model_index.json").is_file()):
+    path = folder_or_hub_id(path, "load_backbone")
+    local = isinstance(path, Path)
+    if subfolder is None and (not local or Path(path, "model_index.json").is_file()):
         subfolder = "transformer"
-    stock, backbone = _family(path, _config(path, subfolder, revision, local))
+    stock, backbone = family_of(path, config_of(path, subfolder, revision, local))
     model = _weights(stock, path, subfolder, revision, local, dtype)
     if fused:
         fuse(model)
@@ -69,11 +64,11 @@ def load_backbone(
             raise ValueError(f"load_backbone: embedded_guidance is for FLUX.2, and {path} is a {stock.__name__}")
         keywords["embedded_guidance"] = embedded_guidance
     if backbone is ZImageBackbone:
-        keywords.update(_shift(path, subfolder, revision, local))
+        keywords.update(shift_of(path, subfolder, revision, local))
     return backbone(model.to(device), **keywords).eval()
 
 
-def _config(path: str | Path, subfolder: str | None, revision: str | None, local: bool) -> dict[str, Any]:
+def config_of(path: str | Path, subfolder: str | None, revision: str | None, local: bool) -> dict[str, Any]:
     if not local:
         try:  # any model's class reads the config of any: they have the name of the file in common
             return ZImageTransformer2DModel.load_config(str(path), subfolder=subfolder, revision=revision)
@@ -103,7 +98,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _shift(path: str | Path, subfolder: str | None, revision: str | None, local: bool) -> dict[str, float]:
+def shift_of(path: str | Path, subfolder: str | None, revision: str | None, local: bool) -> dict[str, float]:
     """The scheduler's shift, where the transformer lies in a pipeline, also if its own folder was given."""
     own = Path(path).resolve()
     if subfolder is None and (own.parent / "model_index.json").is_file():
@@ -120,7 +115,7 @@ def _shift(path: str | Path, subfolder: str | None, revision: str | None, local:
     return {} if config.get("use_dynamic_shifting") else {"shift": float(config.get("shift", 1.0))}
 
 
-def _family(path: str | Path, config: dict[str, Any]) -> tuple[Any, type[Backbone]]:
+def family_of(path: str | Path, config: dict[str, Any]) -> tuple[Any, type[Backbone]]:
     name = config.get("_class_name")
     if name not in FAMILIES:
         raise ValueError(
@@ -156,13 +151,7 @@ def _weights(
         ) from error
     finally:
         torch.set_default_dtype(before)  # diffusers changes it on the way, and leaves it so where it fails
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(kind):
-            names = sorted(map(str, report[kind]))
-            raise ValueError(
-                f"load_backbone: the weights in {path} do not fit its config: {len(names)} {kind.replace('_', ' ')}, "
-                f"for instance {', '.join(names[:4])}"
-            )
+    check_loaded(report, "load_backbone", str(path))
     return model
 
 

@@ -34,7 +34,7 @@ from .context import Context
 from .discriminator import Discriminator
 from .fake_score import FakeScore
 from .fuse import fuse
-from .loading import FAMILIES, _config, _family, _shift
+from .loading import FAMILIES, config_of, family_of, shift_of
 from .student import TwoStepStudent
 from .teacher import Teacher
 from .z_image.backbone import ZImageBackbone
@@ -128,10 +128,10 @@ def backbone_like(
     """What `load_backbone` gives, from configurations alone: for FakeTensorMode, which has one device as good as
     another."""
     local = Path(path).is_dir()
-    config = _config(path, subfolder, None, local)
-    _, kind = _family(path, config)
+    config = config_of(path, subfolder, None, local)
+    _, kind = family_of(path, config)
     return make_backbone(
-        config, dtype, fused=fused, **(_shift(path, subfolder, None, local) if kind is ZImageBackbone else {})
+        config, dtype, fused=fused, **(shift_of(path, subfolder, None, local) if kind is ZImageBackbone else {})
     )
 
 

@@ -23,6 +23,7 @@ from .autoencoder import Autoencoder, load_autoencoder
 from .context import Context
 from .encoders import TextEncoder, load_text_encoder
 from .loading import load_backbone
+from .place import folder_or_hub_id
 from .saved_student import load_student, pipeline_path, student_facts, student_folder
 from .student import Student
 from .teacher import EVERYWHERE, Generators, Teacher, check_eta, check_interval
@@ -149,9 +150,7 @@ def load_text_to_image(
         steps = steps if sampler is None or steps is not None else sampler["steps"]
     else:
         pipeline = pipeline_path(str(path))
-        folder = Path(pipeline)
-        if not folder.is_dir() and (str(path).count("/") != 1 or str(path).startswith((".", "/", "~"))):
-            raise ValueError(f"load_text_to_image: there is no folder {path}; give one, or owner/name on the hub")
+        folder = Path(folder_or_hub_id(pipeline, "load_text_to_image"))
         if (folder / "export.json").is_file() and not (folder / "model_index.json").is_file():
             raise ValueError(
                 f"load_text_to_image: {path} is an export in a form of its own (docs/export.md says what loads it); "

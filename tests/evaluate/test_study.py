@@ -465,7 +465,7 @@ def test_a_dollar_in_a_name_is_a_dollar(tmp_path: Path) -> None:
         (["a=x@steps=2", "a=y@steps=2"], "two subjects are called 'a'"),
         (["a=x@steps=2", "--images", "3"], "--images is 3, expected at least 8"),
         (["a=x@steps=2", "--prompts", "p.txt"], "--reference and --features not given"),
-        (["a=/none@steps=2"], "there is no folder /none"),
+        (["a=/none@steps=2"], "/none does not exist"),
         (["a=x@stps=2"], "is not one of steps"),
         (["real images=x@steps=2"], "is the name of the row of real images"),
         (["a=x@steps=2", "--clip", "/none"], "--clip is /none, and there is no such file or folder"),

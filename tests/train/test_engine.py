@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,6 @@ def profiled(recipe: dict[str, Any]) -> int:
 
 def earlier(recipe: dict[str, Any]) -> int:
     return run_server.train(recipe, "--checkpoint", "1")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_runs.Place:
-    return tiny_runs.make_place("z-image", tmp_path_factory.mktemp("z-image"))
 
 
 def test_samples_evaluation_and_the_best_checkpoint(server: Server, place: tiny_runs.Place, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,6 @@ BEGIN, END = "<!-- table: tests/train/test_matrix.py -->\n", "<!-- end of table 
 NAMES = {"z-image": "Z-Image", "klein": "FLUX.2-klein"}
 RAN: dict[tuple[str, str, str], bool] = {}
 CASES = [(m, f, w) for m in tiny_runs.METHODS for f in tiny_pipelines.PIPELINES for w in tiny_runs.WEIGHTS]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

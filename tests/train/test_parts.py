@@ -82,7 +82,7 @@ def test_folders_are_found_and_hub_ids_stay(monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "model").mkdir()
     assert parts_of("~/model").path == str(tmp_path / "model")
     assert parts_of("Tongyi-MAI/Z-Image-Turbo").path == "Tongyi-MAI/Z-Image-Turbo"
-    with pytest.raises(ValueError, match="there is no folder"):
+    with pytest.raises(ValueError, match="does not exist; expected a diffusers folder"):
         parts_of(tmp_path / "no").autoencoder  # noqa: B018
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,6 @@ from .run_server import Server
 
 NAMES = sorted(path.stem for path in RECIPES.glob("[!_]*.yaml"))
 METHODS = ("turbo-pp", "dp-dmd", "d-opsd", "decoupled-dmd", "flow-matching")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,6 @@ from . import run_server, tiny_runs
 from .run_server import KILLED, Server
 
 CASES = [(method, weights) for method in tiny_runs.METHODS for weights in tiny_runs.WEIGHTS]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_runs.Place:
-    return tiny_runs.make_place("z-image", tmp_path_factory.mktemp("z-image"))
 
 
 def contents(folder: Path) -> dict[str, Tensor]:

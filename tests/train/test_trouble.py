@@ -9,7 +9,6 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +93,6 @@ def full_disk(recipe: dict[str, Any]) -> int:
     full = recipe.pop("fault")
     tensor_file.Digested.write = write  # type: ignore[method-assign]
     return run_server.train(recipe)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_runs.Place:
-    return tiny_runs.make_place("z-image", tmp_path_factory.mktemp("z-image"))
 
 
 def ask(place: tiny_runs.Place, out: Path, **changes: Any) -> dict[str, Any]:

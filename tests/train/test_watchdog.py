@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -54,31 +53,19 @@ def test_names_a_rank_that_never_came() -> None:
     assert "rank 2 never said anything" in verdict({0: (1, "loading"), 1: (1, "loading")})
 
 
-def test_a_beat_in_time_keeps_it_quiet() -> None:
-    """It would end this very process otherwise."""
-    dog = Watchdog(0, 1, 0.5)
-    dog.start()
-    for _ in range(8):
-        time.sleep(0.1)
-        dog.beat("working")
-    dog.beat("a long save", patience=100)
-    time.sleep(0.8)
-    dog.stop()
-
-
 class Ended(Exception):
     pass
 
 
-@pytest.mark.parametrize(("waits", "ends"), [([0.5] * 30, True), ([0.5] * 9 + [1000.0] + [0.5] * 9, False)])
-def test_a_suspended_process_has_not_hung(waits: list[float], ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-Z, or a machine that slept: its own thread was not run either. Then the time-out begins anew."""
-    clock, left = [100.0], iter(waits)
+def watch(dog: Watchdog, monkeypatch: pytest.MonkeyPatch, waits: Callable[[float], float | None]) -> None:
+    """Its own loop, on the test's clock: `waits(pause)` says how long a pause took; None: it is stopped."""
+    clock = [100.0]
 
     class Stop:
         def wait(self, pause: float) -> bool:
-            clock[0] += next(left, 0.0)
-            return clock[0] == 100.0 + sum(waits)
+            took = waits(pause)
+            clock[0] += took or 0.0
+            return took is None
 
     def leave(status: int) -> None:
         assert status == HANGS
@@ -86,10 +73,38 @@ def test_a_suspended_process_has_not_hung(waits: list[float], ends: bool, monkey
 
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(watchdog.os, "_exit", leave)
-    dog = Watchdog(0, 1, 5.0)
     monkeypatch.setattr(dog, "_stop", Stop())
+    dog.beat("beginning")
+    dog._watch()
+
+
+@pytest.mark.parametrize(("patience", "ends"), [(100.0, False), (1.0, True)])
+def test_a_beat_in_time_keeps_it_quiet(patience: float, ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    dog = Watchdog(0, 1, 5.0)
+    looks = iter(range(60))
+
+    def waits(pause: float) -> float | None:
+        look = next(looks, None)
+        if look is not None and look < 40:  # 20 seconds of work
+            dog.beat("working")
+        elif look == 40:
+            dog.beat("a long save", patience)  # and 10 of silence
+        return None if look is None else pause
+
     if ends:
         with pytest.raises(Ended):
-            dog._watch()
+            watch(dog, monkeypatch, waits)
+        assert next(looks) > 50
     else:
-        dog._watch()
+        watch(dog, monkeypatch, waits)
+
+
+@pytest.mark.parametrize(("waits", "ends"), [([0.5] * 30, True), ([0.5] * 9 + [1000.0] + [0.5] * 9, False)])
+def test_a_suspended_process_has_not_hung(waits: list[float], ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-Z, or a machine that slept: its own thread was not run either. Then the time-out begins anew."""
+    left = iter(waits)
+    if ends:
+        with pytest.raises(Ended):
+            watch(Watchdog(0, 1, 5.0), monkeypatch, lambda pause: next(left, None))
+    else:
+        watch(Watchdog(0, 1, 5.0), monkeypatch, lambda pause: next(left, None))

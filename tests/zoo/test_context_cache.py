@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -249,13 +250,11 @@ def test_reports_progress(tmp_path: Path, encoder: TextEncoder) -> None:
     assert seen == [(3, 5), (5, 5)]
 
 
-def test_shows_a_bar_if_rich_is_installed(tmp_path: Path, encoder: TextEncoder, capsys, monkeypatch) -> None:
-    pytest.importorskip("rich")
-    write(tmp_path / "with", encoder, progress=True)
-    assert "encoding captions" in capsys.readouterr().out
-    monkeypatch.setitem(sys.modules, "rich.progress", None)
-    write(tmp_path / "without", encoder, progress=True)
-    assert capsys.readouterr().out == ""
+def test_says_on_rank_0_how_far_it_is(tmp_path: Path, encoder: TextEncoder, capsys) -> None:
+    write(tmp_path, encoder, progress=True, rank=1, world_size=2)
+    assert "contexts" not in capsys.readouterr().err
+    write(tmp_path, encoder, progress=True, rank=0, world_size=2)
+    assert re.search(r"^contexts: (\d+) of \1$", capsys.readouterr().err, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_wrong_folders_are_explained(runs: dict[str, Path], place: tiny_runs.Pla
         load_text_to_image(place.model)
     with pytest.raises(ValueError, match=r"neither model_index.json \(a pipeline\) nor student.json"):
         load_text_to_image(tmp_path, steps=2)
-    with pytest.raises(ValueError, match="there is no folder"):
+    with pytest.raises(ValueError, match="does not exist; expected a diffusers folder"):
         load_text_to_image(tmp_path / "none", steps=2)
     with pytest.raises(ValueError, match=r"has no student.json"):
         load_student(tmp_path)

@@ -8,7 +8,7 @@ Prompt `index` starts from noise of the seed and the index alone, so a sample do
 batch, up to the rounding of the network's own kernels at that batch size. The noise is not stored: `cache.noise` draws
 it again. An anchor is the teacher's state z_K on the way, at one sigma of its grid, in the same dtype as the samples.
 DP-DMD wants it: its target is the average velocity (noise - z_K) / (1 - sigma_K). Shards are written, resumed and
-checked like those of contexts (zoo/context_shards.py).
+checked like those of contexts (zoo/shards.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from twostep.zoo import AdapterView, Backbone, Context, Teacher
 from twostep.zoo.context_cache import DTYPES
-from twostep.zoo.context_shards import (
+from twostep.zoo.encoders import fingerprint
+from twostep.zoo.shards import (
     CHECKSUMS,
     Kind,
     Rows,
@@ -40,10 +41,9 @@ from twostep.zoo.context_shards import (
     clear,
     is_whole,
     merge,
-    open_shard,
+    open_own,
     read_index,
 )
-from twostep.zoo.encoders import fingerprint
 from twostep.zoo.teacher import EVERYWHERE
 
 from ...disk import check_space
@@ -231,13 +231,7 @@ class TeacherCache:
         shard = bisect_right(self._first, index) - 1
         if shard not in self._files:
             path = self.folder / self._shards[shard]["file"]
-            found, file = open_shard(path, PAIRS)
-            if found != self.header:
-                raise ValueError(
-                    f"{WHERE}: {path} is a shard of another cache; write this one anew with resume=False (`twostep "
-                    f"cache --overwrite`)"
-                )
-            self._files[shard] = file
+            self._files[shard] = open_own(path, self.header, PAIRS)
         row = index - self._first[shard]
         tensors = {name: self._files[shard].get_slice(name)[row] for name in names}
         check_row(self.folder / self._shards[shard]["file"], self._shards[shard], row, tuple(tensors.values()), PAIRS)

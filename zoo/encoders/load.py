@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..place import folder_or_hub_id
 from ..variant import variant_of
 from .klein import KleinTextEncoder
 from .protocol import TextEncoder
@@ -75,23 +76,14 @@ def load_text_encoder(
     return loaded
 
 
-def _folder(folder_or_hub_id: str | Path) -> Path:
-    folder = Path(folder_or_hub_id).expanduser()
-    if folder.is_dir():
-        return folder
-    # A hub's name is "owner/model"; everything else is a folder that is not there.
-    if (
-        isinstance(folder_or_hub_id, Path)
-        or folder_or_hub_id.count("/") != 1
-        or folder_or_hub_id.startswith((".", "/", "~"))
-    ):
-        raise ValueError(
-            f"load_text_encoder: there is no folder {folder}; give a pipeline's folder, or owner/name on the hub"
-        )
+def _folder(where: str | Path) -> Path:
+    found = folder_or_hub_id(where, "load_text_encoder")
+    if isinstance(found, Path):
+        return found
     from huggingface_hub import snapshot_download
 
     wanted = ["model_index.json", "text_encoder/*", "tokenizer/*"]
-    return Path(snapshot_download(folder_or_hub_id, allow_patterns=wanted))
+    return Path(snapshot_download(found, allow_patterns=wanted))
 
 
 def _pipeline_index(folder: Path) -> dict[str, Any]:

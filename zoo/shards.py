@@ -65,9 +65,8 @@ def checksums_in(file: Any) -> dict[str, list[int]]:
     return {CHECKSUMS: json.loads(about[CHECKSUMS])} if CHECKSUMS in about else {}
 
 
-def check_row(path: Path, entry: dict[str, Any], row: int, found: tuple[Tensor, ...], kind: Kind | None = None) -> None:
+def check_row(path: Path, entry: dict[str, Any], row: int, found: tuple[Tensor, ...], kind: Kind) -> None:
     """ValueError where a row that was read is not the row that was written."""
-    kind = kind or CONTEXTS
     if CHECKSUMS in entry and entry[CHECKSUMS][row] != _checksum(found):
         raise ValueError(
             f"{kind.where}: row {row} of the shard {path} is not what was written: it is damaged; remove the shard and "
@@ -109,11 +108,11 @@ CONTEXTS = Kind(
 )
 
 
-def shard_files(folder: Path, kind: Kind = CONTEXTS) -> list[Path]:
+def shard_files(folder: Path, kind: Kind) -> list[Path]:
     return sorted(folder.glob(f"{kind.stem}-*-of-*.safetensors"))
 
 
-def collect(paths: list[Path], header: dict[str, str], kind: Kind = CONTEXTS) -> dict[str, Any] | None:
+def collect(paths: list[Path], header: dict[str, str], kind: Kind) -> dict[str, Any] | None:
     """The index of some shards; None if one of them is another plan's."""
     shards: list[dict[str, Any]] = []
     common: dict[str, Any] = {}
@@ -130,7 +129,7 @@ def collect(paths: list[Path], header: dict[str, str], kind: Kind = CONTEXTS) ->
     return {"header": header, **common, "totals": totals, "shards": shards}
 
 
-def open_shard(path: Path, kind: Kind = CONTEXTS) -> tuple[dict[str, str], Any]:
+def open_shard(path: Path, kind: Kind) -> tuple[dict[str, str], Any]:
     """A shard, mapped into memory, and what its header says it is part of."""
     try:
         file = safe_open(path, framework="pt")
@@ -144,7 +143,18 @@ def open_shard(path: Path, kind: Kind = CONTEXTS) -> tuple[dict[str, str], Any]:
     return {key: value for key, value in about.items() if key not in kind.own}, file
 
 
-def read_index(folder: Path, kind: Kind = CONTEXTS) -> dict[str, Any]:
+def open_own(path: Path, header: dict[str, str], kind: Kind) -> Any:
+    """The shard that an index names, open; ValueError where it is another cache's."""
+    found, file = open_shard(path, kind)
+    if found != header:
+        raise ValueError(
+            f"{kind.where}: {path} is a shard of another cache; write this one anew with resume=False (`twostep cache "
+            f"--overwrite`)"
+        )
+    return file
+
+
+def read_index(folder: Path, kind: Kind) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{kind.where}: there is no folder {folder}; fill it with {kind.writer}")
     if (folder / INDEX).exists():
@@ -167,7 +177,7 @@ def read_index(folder: Path, kind: Kind = CONTEXTS) -> dict[str, Any]:
     return index
 
 
-def load_index(path: Path, kind: Kind = CONTEXTS) -> dict[str, Any]:
+def load_index(path: Path, kind: Kind) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -183,7 +193,7 @@ def load_index(path: Path, kind: Kind = CONTEXTS) -> dict[str, Any]:
     return found
 
 
-def check_file(path: Path, size: int, kind: Kind = CONTEXTS) -> None:
+def check_file(path: Path, size: int, kind: Kind) -> None:
     if not path.is_file():
         raise ValueError(f"{kind.where}: the shard {path} is missing; write it again with {kind.writer}")
     if path.stat().st_size != size:
