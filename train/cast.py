@@ -2,7 +2,9 @@
 
     full    a trainable copy in float32 for the student's steps (or one for all) and for the fake score; what is frozen
             (real score, the discriminator's features) is loaded once for each source, in the compute dtype
-    lora    one frozen base in the compute dtype, and an adapter for each step, the fake score and D-OPSD's average
+    lora    frozen bases in the compute dtype: the student's with an adapter for each step and D-OPSD's average, and the
+            real score's with the fake score's adapter, so that the fake score begins as the real one; one base for both
+            where they have the same weights
 
 Two calls, since data come in between: the student's networks say what latents look like, and the latents' size decides
 the sigma grid of some families.
@@ -47,7 +49,7 @@ class Casting:
     mesh: Any = None  # of the shards
     load: Load = load_backbone
     _frozen: dict[Source, Backbone] = field(default_factory=dict)
-    _base: AdapterBase | None = None
+    _bases: dict[Source, AdapterBase] = field(default_factory=dict)
     _networks: list[Backbone] = field(default_factory=list)
 
     def sources(self) -> dict[str, str]:
@@ -58,8 +60,10 @@ class Casting:
             "discriminator": self.recipe.roles.discriminator or DiscriminatorRole(),
         }
         needed = ("student", *method_class(self.recipe.method).roles)
-        kept = {name: role for name, role in roles.items() if name in needed}
-        return {name: source_identity(*self._source(role.source, role.subfolder)) for name, role in kept.items()}
+        found = {name: self._source(role.source, role.subfolder) for name, role in roles.items() if name in needed}
+        if "fake_score" in needed and self._fake_score_is_adapter:
+            found["fake_score"] = self._fake_source  # which a checkpoint does not hold
+        return {name: source_identity(*source) for name, source in found.items()}
 
     # The student's networks
 
@@ -70,9 +74,8 @@ class Casting:
         role = self.recipe.roles.student
         names = [f"step_{n}" for n in range(1, role.steps + 1)] if role.per_step else ["student"]
         if role.weights == "lora":
-            backbone = self._load(self._student_source, trainable=False)
-            self._base = AdapterBase(backbone)
-            made: list[Backbone] = [self._adapter(name, role.rank, role.alpha) for name in names]
+            source = self._student_source
+            made: list[Backbone] = [self._adapter(source, name, role.rank, role.alpha) for name in names]
         else:
             made = [self._prepared(self._load(self._student_source, trainable=True)) for _ in names]
         self._networks = made if role.per_step else made * role.steps
@@ -88,8 +91,8 @@ class Casting:
             cast.guidance = self._guidance(empty, "discriminator" in method.roles)
         if "average" in method.roles:
             cast.average = self._average(student)
-        if self._base is not None:
-            self._prepared(self._base.backbone)  # after its adapters: FSDP divides what is there when it comes
+        for base in self._bases.values():
+            self._prepared(base.backbone)  # after its adapters: FSDP divides what is there when it comes
         return cast
 
     def sigmas(self, size: tuple[int, int]) -> tuple[float, ...]:
@@ -124,16 +127,16 @@ class Casting:
     def _guidance(self, empty: Context | None, adversarial: bool) -> Guidance:
         recipe, settings = self.recipe, self.recipe.guidance or GuidanceConfig()
         real = recipe.roles.real_score or RealScoreRole()
-        real_source = self._source(real.source, real.subfolder)
+        fake = self._fake_score()  # first: its adapter may be on the network that the others look at
         teacher = Teacher(
-            self._frozen_network(real_source),
+            self._frozen_network(self._real_source),
             shift=real.shift,
             guidance=settings.scale,
             negative=empty,
         )
         return Guidance(
             teacher,
-            self._fake_score(real_source),
+            fake,
             self._discriminator() if adversarial else None,
             settings.weights,
             guidance=settings.scale,
@@ -142,12 +145,12 @@ class Casting:
             r1_noise=settings.r1_noise,
         )
 
-    def _fake_score(self, real: Source) -> FakeScore:
+    def _fake_score(self) -> FakeScore:
         role = self.recipe.roles.fake_score or FakeScoreRole()
-        if (role.weights or self.recipe.roles.student.weights) == "lora":
-            return FakeScore(self._adapter("fake_score", role.rank, role.alpha))
-        source = real if role.source is None else self._source(role.source, role.subfolder)
-        return FakeScore(self._prepared(self._load(source, trainable=True)))
+        if self._fake_score_is_adapter:
+            rank = self.recipe.roles.student.rank if role.rank is None else role.rank
+            return FakeScore(self._adapter(self._fake_source, "fake_score", rank, role.alpha))
+        return FakeScore(self._prepared(self._load(self._fake_source, trainable=True)))
 
     def _discriminator(self) -> Discriminator:
         role = self.recipe.roles.discriminator or DiscriminatorRole()
@@ -160,7 +163,7 @@ class Casting:
         role, twins = self.recipe.roles.student, {}
         for number, network in enumerate(student.distinct_networks(), start=1):
             if role.weights == "lora":
-                twin = self._adapter(f"average_{number}", role.rank, role.alpha)
+                twin = self._adapter(self._student_source, f"average_{number}", role.rank, role.alpha)
                 twin.load_state_dict(network.state_dict())
             else:
                 twin = self._prepared(self._load(self._student_source, trainable=False, dtype=torch.float32))
@@ -174,18 +177,35 @@ class Casting:
         role = self.recipe.roles.student
         return self._source(role.source, role.subfolder)
 
+    @property
+    def _real_source(self) -> Source:
+        role = self.recipe.roles.real_score or RealScoreRole()
+        return self._source(role.source, role.subfolder)
+
+    @property
+    def _fake_source(self) -> Source:
+        role = self.recipe.roles.fake_score or FakeScoreRole()
+        return self._real_source if role.source is None else self._source(role.source, role.subfolder)
+
+    @property
+    def _fake_score_is_adapter(self) -> bool:
+        role = self.recipe.roles.fake_score or FakeScoreRole()
+        return (role.weights or self.recipe.roles.student.weights) == "lora"
+
     def _source(self, source: str | None, subfolder: str) -> Source:
         return (self.model if source is None else source, subfolder)
 
-    def _adapter(self, name: str, rank: int, alpha: float | None) -> Backbone:
-        assert self._base is not None
+    def _adapter(self, source: Source, name: str, rank: int, alpha: float | None) -> Backbone:
+        if source not in self._bases:
+            self._bases[source] = AdapterBase(self._load(source, trainable=False))
         generator = noise_generator(self.recipe.seed, f"adapter {name}")
-        return self._base.add(name, rank=rank, alpha=alpha, generator=generator)
+        return self._bases[source].add(name, rank=rank, alpha=alpha, generator=generator)
 
     def _frozen_network(self, source: Source) -> Backbone:
-        """A network that nobody trains; the one base where it has these weights, and one copy for all that ask."""
-        if self._base is not None and source == self._student_source:
-            return self._base.base
+        """A network that nobody trains: the base of adapters where one has these weights, and one copy for all that
+        ask."""
+        if source in self._bases:
+            return self._bases[source].base
         if source not in self._frozen:
             self._frozen[source] = self._prepared(self._load(source, trainable=False))
         return self._frozen[source]

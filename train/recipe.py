@@ -40,7 +40,7 @@ def _idle(section: Any, names: Iterable[str], idle: bool, reason: str, where: st
 class StudentRole:
     source: str | None = told(None, "where its weights begin: a folder or hub id; null: the model's own")
     subfolder: str = told("transformer", "of the source")
-    weights: Literal["full", "lora"] = told("full", "train copies in float32, or adapters on the one frozen base")
+    weights: Literal["full", "lora"] = told("full", "train copies in float32, or adapters on a frozen base")
     per_step: bool = told(True, "parameters of its own for every step; false: all steps share them")
     steps: int = told(2, "Euler steps")
     shift: float | None = told(None, "of its sigma grid; null: what the model's pipeline uses")
@@ -56,7 +56,7 @@ class StudentRole:
         if self.sigmas is not None and len(self.sigmas) != self.steps + 1:
             yield f"sigmas are {len(self.sigmas)} numbers, and {self.steps} steps have {self.steps + 1}: set steps too"
         if self.sigmas is not None and self.shift is not None:
-            yield "both sigmas and shift are given: sigmas are shifted already"
+            yield "both sigmas and shift are given: sigmas are shifted already; with them shift is null"
         yield from _check_shift(self.shift)
         if self.sigmas is not None:
             grid = list(self.sigmas)
@@ -81,11 +81,17 @@ class RealScoreRole:
 
 @dataclass(frozen=True, kw_only=True)
 class FakeScoreRole:
-    source: str | None = told(None, "where its weights begin; null: the real score's")
+    source: str | None = told(None, "what it begins as, and its adapter is on; null: the real score's")
     subfolder: str = told("transformer", "of the source")
     weights: Literal["full", "lora"] | None = told(None, "null: as the student's")
-    rank: int = told(64, "of the adapter")
+    rank: int | None = told(None, "of the adapter; null: the student's")
     alpha: float | None = told(None, "of the adapter; null: twice the rank")
+
+    def check(self) -> Iterable[str]:
+        if self.rank is not None and self.rank < 1:
+            yield f"rank is {self.rank}, expected at least 1"
+        if self.source is None and self.subfolder != "transformer":
+            yield f"subfolder is {self.subfolder!r} and source is null, the real score's: give both, or neither"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,11 +423,6 @@ class Recipe:
         least, most = method.steps
         if student.steps < least or (most is not None and student.steps > most):
             yield f"roles.student.steps is {student.steps}, and {kind} trains {least if most else f'{least} or more'}"
-        fake = self.roles.fake_score
-        if fake is not None and fake.weights == "lora" and student.weights == "full":
-            yield "roles.fake_score.weights is 'lora' and the student's 'full': adapters need the one frozen base"
-        if fake is not None and fake.source is not None and (fake.weights or student.weights) == "lora":
-            yield "roles.fake_score.source is given, and an adapter begins as the one base: set weights to 'full'"
 
     def _check_data(self) -> Iterable[str]:
         kind, data, wants = self.method.kind, self.data, method_class(self.method).wants(self.method)

@@ -214,7 +214,7 @@ def _source(recipe: Recipe, path: str, name: str) -> str:
     role = getattr(recipe.roles, {"base": "student", "average": "student"}.get(name, name))
     source = None if role is None else role.source
     if source is None and name == "fake_score" and recipe.roles.real_score is not None:
-        source = recipe.roles.real_score.source
+        source = recipe.roles.real_score.source  # an adapter's base as well
     return path if source is None else str(source)
 
 

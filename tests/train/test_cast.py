@@ -1,0 +1,64 @@
+"""Roles as a recipe has them: what they begin as, and which networks they share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from twostep.train.cast import Casting
+from twostep.train.command import read_recipe
+from twostep.train.methods import Cast
+from twostep.zoo import AdapterView, Context
+from twostep.zoo.miniature import miniature
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few-step model, and beside it the base that it was made from, which has other weights."""
+    folder = tmp_path_factory.mktemp("model")
+    miniature(untrained_seed=0).save(folder)
+    miniature(untrained_seed=1).transformer.save_pretrained(folder / "base")
+    return folder
+
+
+def roles(model: Path, *overrides: str) -> Cast:
+    data = "data={kind: prompts, prompts: p.txt, contexts: c, teacher: t}"
+    recipe = read_recipe("miniature-turbo-pp", [f"model={model}", data, *overrides])
+    empty = Context(torch.randn(1, 3, 128, generator=torch.Generator().manual_seed(2)))
+    return Casting(recipe, str(model), torch.device("cpu")).roles((16, 16), empty)
+
+
+@pytest.mark.parametrize("student", ["full", "lora"])
+@pytest.mark.parametrize("fake", ["full", "lora"])
+def test_the_fake_score_begins_as_the_real_score(model: Path, student: str, fake: str) -> None:
+    cast = roles(model, f"roles.student.weights={student}", f"roles.fake_score.weights={fake}")
+    guidance = cast.guidance
+    assert guidance is not None
+    x, context = torch.randn(2, 4, 16, 16), Context(torch.randn(2, 5, 128))
+    with torch.no_grad():
+        real = guidance.teacher.backbone.velocity(x, 0.5, context)
+        assert torch.equal(guidance.fake.velocity(x, 0.5, context), real)
+        assert not torch.equal(cast.student.velocity(0, x, context), real)
+    on_one = isinstance(guidance.fake.network, AdapterView)
+    assert on_one == (fake == "lora") and (guidance.fake.network.model is guidance.teacher.backbone.model) == on_one
+    trained = {name for name, p in guidance.fake.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name for name in trained) == on_one
+    assert not any(p.requires_grad for p in guidance.teacher.backbone.parameters())
+
+
+def test_one_base_serves_all_that_have_its_weights(model: Path) -> None:
+    cast = roles(model, "roles.student.weights=lora", "roles.real_score.subfolder=transformer")
+    assert cast.guidance is not None and cast.guidance.discriminator is not None
+    networks = [*cast.student.networks, cast.guidance.teacher.backbone, cast.guidance.fake.network]
+    networks.append(cast.guidance.discriminator.backbone)
+    assert len({id(network.model) for network in networks}) == 1
+
+
+def test_the_fake_scores_adapter_has_the_students_rank_or_its_own(model: Path) -> None:
+    for own, rank in ((), 16), (("roles.fake_score.rank=3",), 3):
+        cast = roles(model, "roles.student={weights: lora, rank: 16}", *own)
+        assert cast.guidance is not None
+        shapes = {p.shape[0] for name, p in cast.guidance.fake.named_parameters() if ".lora_A" in name}
+        assert shapes == {rank}
