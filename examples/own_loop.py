@@ -35,8 +35,8 @@ def main() -> None:
     teacher = Teacher(backbone, guidance=args.guidance, negative=empty)
     student, fake = TwoStepStudent.from_teacher(backbone), FakeScore.from_teacher(backbone)
     discriminator = Discriminator(backbone)
-    mine = torch.optim.AdamW(student.trainable_parameters(), lr=1e-5, betas=(0.0, 0.9))
-    theirs = torch.optim.AdamW([*fake.trainable_parameters(), *discriminator.parameters()], lr=1e-4, betas=(0.0, 0.9))
+    mine = torch.optim.Adam(student.trainable_parameters(), lr=1e-5, betas=(0.0, 0.9))
+    theirs = torch.optim.Adam([*fake.trainable_parameters(), *discriminator.parameters()], lr=1e-4, betas=(0.0, 0.9))
     g = torch.Generator().manual_seed(0)
 
     def draw() -> torch.Tensor:

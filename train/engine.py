@@ -227,6 +227,8 @@ class Run:
     def go(self, profile: bool) -> Trained:
         recipe, progress = self.recipe, self.state.progress
         begun = progress.iteration
+        if (progress.iteration, progress.position) == (0, 0):
+            self.watch.begin(self.journal)
         with Profile(recipe.out, self.ranks, wanted=profile) as trace:
             while progress.iteration < recipe.iterations:
                 if not self._iteration():

@@ -77,10 +77,16 @@ class Watch:
         every = self.recipe.watch.samples_every
         return every is not None and (iteration % every == 0 or iteration == self.recipe.iterations)
 
+    def begin(self, journal: Journal | NullJournal) -> None:
+        """The sheet of the student as it begins, from which drift is measured."""
+        if self._shows(0):
+            self._at(0, journal, evaluates=False)
+
     def look(self, iteration: int, journal: Journal | NullJournal) -> dict[str, float]:
         """The sheet and the evaluation that are due; returns the metrics of the latter."""
-        if not self.due(iteration):
-            return {}
+        return self._at(iteration, journal, self.evaluates(iteration)) if self.due(iteration) else {}
+
+    def _at(self, iteration: int, journal: Journal | NullJournal, evaluates: bool) -> dict[str, float]:
         found: dict[str, float] = {}
         self.ranks.watchdog.beat("sampling", patience=PATIENCE)
         if self.ranks.first or self.ranks.mesh is not None:
@@ -88,7 +94,7 @@ class Watch:
                 with memory_explained("sampling"):
                     if self._shows(iteration):
                         self._sheet(iteration, journal)
-                    if self.evaluates(iteration):
+                    if evaluates:
                         assert self.recipe.watch.evaluate is not None
                         found = self._evaluate(iteration, self.recipe.watch.evaluate, journal)
             except (OutOfMemory, ValueError) as error:  # a run that trains is not ended by being looked at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 from collections import namedtuple
@@ -151,10 +152,34 @@ def test_anchors_are_the_states_on_the_way_with_guidance(
         for row, index in enumerate((4, 1)):
             states = euler(teacher, cache.noise([index]), contexts[[PROMPTS[index]]], 3.0, negative)
             assert close(found["anchors"][row], states[step][0]) and close(found["latents"][row], states[-1][0])
-    with pytest.raises(
-        ValueError, match=r"anchor_sigma is 0\.5, expected a sigma that the teacher passes through: 0\.85"
-    ):
-        write(tmp_path / "no", anchor_sigma=0.5)
+
+
+@pytest.mark.parametrize("sigma", [0.97, 0.75, 0.2])
+def test_an_anchor_between_two_steps_is_where_a_shorter_step_would_end(
+    sigma: float, write: Write, teacher: Teacher, contexts: OnlineContexts, tmp_path: Path
+) -> None:
+    """As DP-DMD runs the teacher where it brings no anchor; the sample is the one without."""
+    write(tmp_path / "with", anchor_sigma=sigma, dtype=torch.bfloat16)
+    write(tmp_path / "without", dtype=torch.bfloat16)
+    cache, plain = TeacherCache(tmp_path / "with"), TeacherCache(tmp_path / "without")
+    assert cache.anchor_sigma == sigma
+    found = cache[[4, 1]]
+    assert torch.equal(found["latents"], plain[[4, 1]]["latents"]) and found["latents"].dtype == torch.bfloat16
+    assert found["anchors"].dtype == torch.float32
+    grid = teacher.sigmas(*SIZE)
+    before = max(step for step, level in enumerate(grid) if level > sigma)
+    for row, index in enumerate((4, 1)):
+        context = contexts[[PROMPTS[index]]]
+        x = euler(teacher, cache.noise([index]), context, 1.0, None)[before]
+        with torch.no_grad():
+            expected = x + (sigma - grid[before]) * teacher.velocity(x, grid[before], context)
+        assert close(found["anchors"][row], expected[0])
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.0, -0.1, math.nan])
+def test_an_anchor_lies_between_noise_and_image(sigma: float, write: Write, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"anchor_sigma is {sigma}, expected a number between 0 and 1"):
+        write(tmp_path, anchor_sigma=sigma)
 
 
 class Interrupted(Exception):

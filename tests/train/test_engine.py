@@ -48,7 +48,9 @@ def test_samples_evaluation_and_the_best_checkpoint(server: Server, place: tiny_
     timed = ("generator_seconds", "guidance_peak_gib", "generator_gradient_norm", "guidance_rate")
     assert all(name in rows[-1] or any(name in row for row in rows) for name in (*watched, *timed))
     sheets = sorted((tmp_path / "samples").glob("*.png"))
-    assert [path.name for path in sheets] == ["samples-00000002.png", "samples-00000004.png"]
+    assert [path.name for path in sheets] == [f"samples-{iteration:08d}.png" for iteration in (0, 2, 4)]
+    drift = {row["iteration"]: row["samples/contrast_drift"] for row in rows if "samples/contrast_drift" in row}
+    assert sorted(drift) == [0, 2, 4] and drift[0] == 1 and drift[2] != 1  # of the student as it began
     assert Image.open(sheets[0]).size[0] > 2 * 64
     assert list((tmp_path / "tensorboard").iterdir())
     store = Store(tmp_path / "checkpoints", keep_last=1, keep_best=("frechet", "min"))

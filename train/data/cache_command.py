@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance", type=float, default=1.0, metavar="W", help="the teacher's guidance scale; 1 is none (default: 1)")
     add_interval(parser, "guidance", "levels sigma that are guided")
     add("--shift", type=float, help="of the teacher's sigma grid (default: what the model's pipeline uses)")
-    add("--anchor-sigma", type=float, metavar="SIGMA", help="also keep the teacher's state at this sigma of its grid")
+    add("--anchor-sigma", type=float, metavar="SIGMA", help="also keep the teacher's state at this sigma")
     add("--size", type=_size, metavar="HxW", help="of the images, in pixels (default: what the model was made for)")
     add("--batch", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
     add("--shard-size", type=int, default=256, metavar="N", help="prompts of a shard (default: 256)")
@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace, here: Place) -> int:
     from twostep.zoo.teacher import check_interval
 
     from ...disk import check_space, free_space, size_text
-    from .pairs import TeacherCache
+    from .pairs import TeacherCache, bytes_of
     from .prompts import read_prompts
 
     check_interval("twostep cache", args.guidance_interval, args.guidance)
@@ -84,9 +84,8 @@ def _run(args: argparse.Namespace, here: Place) -> int:
     latents = None if args.contexts_only else _latents(args.model, args.subfolder, args.size)
     needed = 0
     if latents is not None:
-        kept = 1 if args.anchor_sigma is None else 2
-        itemsize = getattr(torch, args.dtype).itemsize
-        needed = kept * len(prompts) * latents.channels * latents.height * latents.width * itemsize
+        shape = (latents.channels, latents.height, latents.width)
+        needed = len(prompts) * bytes_of(shape, getattr(torch, args.dtype), args.anchor_sigma is not None)
         needed = max(0, needed - _written(args.out / "teacher", args.overwrite))
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,7 +92,7 @@ class Plan:
     count: int  # prompts
     shape: tuple[int, ...]  # of one sample
     grid: tuple[float, ...]
-    anchor: int | None  # the step after which the state is kept
+    anchor: tuple[int, float] | None  # the step on which a state is kept, and after which part of it
     shard_size: int
 
     @property
@@ -107,9 +108,13 @@ class Plan:
         return range(self.count)[shard * self.shard_size : (shard + 1) * self.shard_size]
 
     def bytes(self, shard: int) -> int:
-        kept = 1 if self.anchor is None else 2
-        values = kept * int(torch.Size(self.shape).numel())
-        return len(self.part(shard)) * (values * self.dtype.itemsize + 8) + 2048  # header; 8 is an index
+        return len(self.part(shard)) * (bytes_of(self.shape, self.dtype, self.anchor is not None) + 8) + 2048
+
+
+def bytes_of(shape: Sequence[int], dtype: torch.dtype, anchored: bool) -> int:
+    """Of one prompt. Anchors are float32: DP-DMD divides their distance from the noise by the way that they have come,
+    and their rounding with it."""
+    return math.prod(shape) * (dtype.itemsize + (torch.float32.itemsize if anchored else 0))
 
 
 class TeacherCache:
@@ -156,8 +161,9 @@ class TeacherCache:
         Args:
             contexts: a ContextCache of the prompts, or OnlineContexts.
             size: height and width of the latents.
-            dtype: of what is stored; the teacher computes in its own.
-            anchor_sigma: also keep the state at this sigma, one of the teacher's grid between 1 and 0.
+            dtype: of the samples as they are stored; the teacher computes in its own, and anchors are float32.
+            anchor_sigma: also keep the state at this sigma. Between two of the teacher's grid it lies on the straight
+                line that the step is.
             rank, world_size: every rank calls this alike and writes every world_size-th shard; the index appears when
                 the last of them is done.
             resume: keep the shards that are there; they must be of the same teacher, prompts and settings. False
@@ -261,7 +267,7 @@ def plan_of(
     if len(size) != 2 or any(side < 1 or side % factor for side in size):
         raise ValueError(f"{WHERE}: size is {size}, expected (height, width) of latents, multiples of {factor}")
     grid = teacher.sigmas(*size)
-    step, sigma = _anchor(grid, anchor)
+    kept, sigma = _anchor(grid, anchor)
     shape = (teacher.backbone.channels, *size)
     header = {
         "format": PAIRS.format,
@@ -275,7 +281,9 @@ def plan_of(
         "shard_size": str(shard_size),
         "prompts": prompts_fingerprint(prompts),
     }
-    return Plan(header, len(prompts), shape, grid, step, shard_size)
+    if kept is not None:
+        header["anchors"] = "float32"
+    return Plan(header, len(prompts), shape, grid, kept, shard_size)
 
 
 def _teacher_header(teacher: Teacher, grid: tuple[float, ...]) -> dict[str, str]:
@@ -324,18 +332,19 @@ def _digest(values: Tensor) -> str:
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
-def _anchor(grid: tuple[float, ...], wanted: float | None) -> tuple[int | None, float | None]:
-    """The step that ends at the wanted sigma, and that sigma as the grid has it."""
+def _anchor(grid: tuple[float, ...], wanted: float | None) -> tuple[tuple[int, float] | None, float | None]:
+    """The step that passes the wanted sigma, which part of it lies before, and that sigma, as the grid has it if it
+    does."""
     if wanted is None:
         return None, None
-    for step, sigma in enumerate(grid[1:-1]):
-        if abs(sigma - wanted) < 1e-4:
-            return step, sigma
-    inner = ", ".join(f"{sigma:.4f}" for sigma in grid[1:-1]) or "none: there is one step only"
-    raise ValueError(
-        f"{WHERE}: anchor_sigma is {wanted}, expected a sigma that the teacher passes through: {inner}; choose one, or "
-        f"another number of steps or shift for the teacher"
-    )
+    if not 0 < wanted < 1:
+        raise ValueError(f"{WHERE}: anchor_sigma is {wanted}, expected a number between 0 and 1")
+    for step, (before, after) in enumerate(pairwise(grid)):
+        if after > 0 and abs(after - wanted) < 1e-4:
+            return (step, 1.0), after
+        if after < wanted:
+            return (step, (before - wanted) / (before - after)), wanted
+    raise AssertionError(f"a grid that does not end at 0: {grid}")
 
 
 def _write_shard(
@@ -354,17 +363,21 @@ def _write_shard(
     anchors: list[Tensor] = []
 
     def on_step(step: int, x: Tensor) -> None:
-        if step == plan.anchor:
-            anchors.append(x.to("cpu", plan.dtype))
+        nonlocal before
+        if plan.anchor is not None and step == plan.anchor[0]:
+            part = plan.anchor[1]
+            anchors.append((x if part == 1 else torch.lerp(before, x, part)).to("cpu", torch.float32))
+        before = x
 
     device = teacher.backbone.device
     for start in range(0, len(part), batch):
         indices = list(part[start : start + batch])
         context = contexts[[prompts[index] for index in indices]].to(device)
         noise = sample_noise(int(plan.header["seed"]), indices, plan.shape).to(device)
+        before = noise
         sample = teacher.sample(noise, context, sigmas=plan.grid, on_step=on_step).to("cpu", plan.dtype)
-        kept = sample if plan.anchor is None else torch.cat([sample, anchors[-1]], dim=1)
-        finite = kept.flatten(1).isfinite().all(1).tolist()
+        kept = [sample] if plan.anchor is None else [sample, anchors[-1]]
+        finite = torch.stack([one.flatten(1).isfinite().all(1) for one in kept]).all(0).tolist()
         if not all(finite):
             bad = indices[finite.index(False)]
             raise ValueError(

@@ -176,12 +176,15 @@ class Journal:
         def undone(line: Record) -> Record:
             return line if line["iteration"] <= iteration or "undone" in line else {**line, "undone": True}
 
-        lines = self._metrics.revise(lambda line: line if line["iteration"] <= iteration else None)
+        def kept(at: int) -> bool:
+            return 0 < iteration >= at  # a run that begins once more begins with a sheet of its own
+
+        lines = self._metrics.revise(lambda line: line if kept(line["iteration"]) else None)
         self._events.revise(undone)
         pictures = 0
         for path in list(self._samples.iterdir()):
             found = _PICTURE.fullmatch(path.name)
-            if path.name.startswith(".") or (found and int(found[1]) > iteration):
+            if path.name.startswith(".") or (found and not kept(int(found[1]))):
                 path.unlink()
                 pictures += 1
         return {"lines": lines, "pictures": pictures}

@@ -73,6 +73,9 @@ class DecoupledDMD:
         with torch.no_grad():
             for earlier in range(step):
                 x = self.student.step(earlier, x, context)
+        # What autocast has cast without a graph must not serve the step that has one: in older torch its weights get no
+        # gradient then (pytorch#158232).
+        torch.clear_autocast_cache()
         return x
 
     def _prediction(self, step: int, noise: Tensor, context: Context) -> Tensor:

@@ -31,7 +31,7 @@ class DPDMDConfig:
     guidance_per_generator: int = told(5, "guidance updates of an iteration, before the generator's")
     diversity: float = told(0.05, "weight of step 1's loss to the teacher's average velocity (lambda)")
     cut: bool = told(True, "no gradient of the later steps reaches step 1")
-    teacher_steps: int = told(8, "of the teacher's whole path, where the batch brings no anchor")
+    teacher_steps: int = told(28, "of the teacher's whole path, where the batch brings no anchor")
     anchor_guidance: float = told(3.5, "of the teacher on that path")
     cached_anchors: bool = told(
         False, "take the cache's anchors, and so one noise a prompt, instead of running the teacher"
