@@ -126,6 +126,7 @@ class Casting:
 
     def _guidance(self, empty: Context | None, adversarial: bool) -> Guidance:
         recipe, settings = self.recipe, self.recipe.guidance or GuidanceConfig()
+        student = self.networks()[0]
         real = recipe.roles.real_score or RealScoreRole()
         fake = self._fake_score()  # first: its adapter may be on the network that the others look at
         teacher = Teacher(
@@ -134,10 +135,22 @@ class Casting:
             guidance=settings.scale,
             negative=empty,
         )
+        discriminator = self._discriminator() if adversarial else None
+        others = {"real_score": teacher.backbone, "fake_score": fake.network}
+        if discriminator is not None:
+            others["discriminator"] = discriminator.backbone
+        for name, network in others.items():
+            mine, theirs = ((one.family, one.channels, one.context_width) for one in (student, network))
+            if mine != theirs:
+                raise ValueError(
+                    f"roles.{name}.source is a {theirs[0]} for latents of {theirs[1]} channels and contexts "
+                    f"{theirs[2]} wide, and the student a {mine[0]} for {mine[1]} and {mine[2]}: expected models of "
+                    f"one family"
+                )
         return Guidance(
             teacher,
             fake,
-            self._discriminator() if adversarial else None,
+            discriminator,
             settings.weights,
             guidance=settings.scale,
             kind=settings.loss,

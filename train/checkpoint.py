@@ -290,7 +290,7 @@ class Store:
         encoded = json.dumps(encode(state), allow_nan=False).encode("ascii")
         tensor_bytes = sum(nbytes(tensor) for tensors in parts.values() for tensor in tensors.values())
         needed = tensor_bytes + len(encoded) + _SLACK
-        self._check_space(needed)
+        self._check_space(needed, rank)
         target = job.folder / manifest.rank_folder(rank)
         try:
             target.mkdir(exist_ok=True)
@@ -301,7 +301,7 @@ class Store:
             write_bytes(target / _SHARE, json.dumps(files).encode("ascii"))
             sync_folder(target)
         except OSError as error:
-            raise self._explained(error, needed) from error
+            raise self._explained(error, needed, rank) from error
 
     def _finish(
         self, job: _Job, signature: Mapping[str, Any], metrics: Mapping[str, float] | None, world_size: int
@@ -353,21 +353,21 @@ class Store:
 
     # The disk
 
-    def _check_space(self, needed: int) -> None:
+    def _check_space(self, needed: int, rank: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise self._full(needed, free)
+            raise self._full(needed, free, rank)
 
-    def _explained(self, error: OSError, needed: int) -> OSError:
+    def _explained(self, error: OSError, needed: int, rank: int) -> OSError:
         """The error itself, or where it says that the disk is full, one that says what is needed."""
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return error
-        return self._full(needed, shutil.disk_usage(self.folder).free)
+        return self._full(needed, shutil.disk_usage(self.folder).free, rank)
 
-    def _full(self, needed: int, free: int) -> OSError:
+    def _full(self, needed: int, free: int, rank: int) -> OSError:
         text = (
-            f"{self.folder}: the disk is full: a checkpoint needs {needed} bytes, {free} are free; "
-            "the checkpoints before are untouched; make room, or keep fewer (keep_last)"
+            f"{self.folder}: the disk is full: rank {rank}'s part of a checkpoint needs {needed} bytes, {free} are "
+            "free; the checkpoints before are untouched; make room, or keep fewer (keep_last)"
         )
         return OSError(errno.ENOSPC, text)
 

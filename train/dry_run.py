@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..disk import free_space, size_text
 from ..tables import columns
 from ..zoo.miniature.tokenizer import MAX_CAPTION_TOKENS
 from ..zoo.plan import backbone_like, caption_room
@@ -16,7 +16,7 @@ from .cast import DTYPES, Casting
 from .feed import make_feed
 from .methods import method_class
 from .parts import Parts
-from .recipe import ImagesData, PromptsData, Recipe
+from .recipe import PromptsData, Recipe
 from .rehearsal import Rehearsal, rehearse
 from .torchrun import world_size
 from .watch import check_evaluation
@@ -28,6 +28,11 @@ def describe_run(recipe: Recipe) -> str:
     WORLD_SIZE says how many ranks there will be, as torchrun has it: `WORLD_SIZE=8 twostep train ... --dry-run`.
     """
     ranks = world_size()
+    if recipe.parallel.kind == "fsdp" and ranks % recipe.parallel.replicas:
+        raise ValueError(
+            f"parallel.replicas is {recipe.parallel.replicas}, expected a divisor of the number of ranks, {ranks}; say "
+            f"how many there will be:  WORLD_SIZE=8 twostep train ... --dry-run"
+        )
     parts = Parts(
         recipe.model,
         dtype=DTYPES[recipe.compute.dtype],
@@ -54,23 +59,14 @@ def describe_run(recipe: Recipe) -> str:
         anchor_sigma=anchors_at,
     )
     try:
-        shape = _square(recipe, parts, network.latent_factor) if feed.shape is None else feed.shape
-        check_evaluation(recipe, parts, feed, lambda: shape)
+        shape = feed.usual
+        check_evaluation(recipe, parts, feed)
         caption = MAX_CAPTION_TOKENS if recipe.model == MINIATURE else caption_room(network.model.config)
         print("running an update of each kind on tensors without data ...", file=sys.stderr, flush=True)
         rehearsal = rehearse(recipe, parts.path, shape, ranks, caption)
         return _text(recipe, rehearsal, feed.describe(), shape, caption, ranks)
     finally:
         feed.close()
-
-
-def _square(recipe: Recipe, parts: Parts, latent_factor: int) -> tuple[int, int, int]:
-    """Of several buckets, which have about one area: the square."""
-    space = parts.latent_space
-    area = recipe.data.area if isinstance(recipe.data, ImagesData) else None
-    side = space.sample_size if area is None else math.sqrt(area)
-    steps = max(1, round(side / (space.factor * latent_factor)))
-    return space.channels, steps * latent_factor, steps * latent_factor
 
 
 # Text
@@ -100,6 +96,7 @@ def _text(
         ["updates", f"{each} an iteration; {recipe.iterations:,} iterations: {whole:,} updates"],
         ["samples", f"{samples:,} an update: {product}"],
         ["compute", _compute(recipe)],
+        ["checkpoints", _checkpoints(recipe, rehearsal.checkpoint)],
         ["out", str(recipe.out)],
     ]  # fmt: skip
     note = (
@@ -110,6 +107,14 @@ def _text(
     roles, memory = _role_rows(rehearsal), _memory_rows(recipe, rehearsal)
     tables = [columns(facts), columns(roles, right=(4, 5)), columns(memory, right=(1, 2, 3, 4))]
     return "\n\n".join([*tables, note])
+
+
+def _checkpoints(recipe: Recipe, each: int) -> str:
+    kept = recipe.checkpoints.keep_last + (recipe.checkpoints.keep_best is not None)
+    return (
+        f"{size_text(each)} each, of all ranks; {kept} are kept, and one more while it is written: "
+        f"{size_text((kept + 1) * each)}; {size_text(free_space(recipe.out))} are free there"
+    )
 
 
 def _compute(recipe: Recipe) -> str:

@@ -37,7 +37,7 @@ from .ranks import PATIENCE, Ranks
 from .recipe import DiscriminatorRole, FakeScoreRole, PromptsData, RealScoreRole, Recipe
 from .result import write_student, written_at
 from .run_state import Progress, RunState
-from .sharding import check_alike
+from .sharding import check_alike, check_same
 from .signals import Signals
 from .update import Outcome, Updater, optimizers_of, trainable
 from .watch import Watch
@@ -105,6 +105,9 @@ class Run:
         parts = Parts(recipe.model, dtype=dtype, device=ranks.device, cache=cache)
         casting = Casting(recipe, parts.path, ranks.device, ranks.mesh)
         kind = method_class(recipe.method)
+        ranks.watchdog.beat("looking at files", patience=PATIENCE)
+        sources = casting.sources()
+        check_same(sources, ranks)  # of frozen networks and of shards nothing else would tell
         with _room_to_compile(recipe.compute.compile):
             ranks.watchdog.beat("loading networks", patience=PATIENCE)
             first, wants = casting.networks()[0], kind.wants(recipe.method)
@@ -121,8 +124,7 @@ class Run:
                 device=ranks.device,
                 anchor_sigma=casting.anchor_sigma() if "anchor" in wants else None,
             )
-            size = feed.shape[1:] if feed.shape is not None else parts.latent_size
-            cast = casting.roles(size, parts.empty.to(ranks.device))
+            cast = casting.roles(feed.usual[1:], parts.empty.to(ranks.device))
         shared = NoiseStreams(recipe.seed)  # rank 0's purposes, drawn by every rank alike
         method = kind.build(recipe.method, cast, _Prefixed(shared, "shared "))
         modules = cast.modules()
@@ -147,7 +149,7 @@ class Run:
             watch=Watch(recipe, ranks, method, parts, feed),
             averages=Averages(),
             lag=CriticLag(),
-            signature=signature(recipe, feed.identity(), ranks.from_first(casting.sources)),
+            signature=signature(recipe, feed.identity(), sources),
             signals=signals,
             journal=NullJournal(),
         )

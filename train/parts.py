@@ -105,12 +105,6 @@ class Parts:
         """Channels and factor of latents, and the size of the model's images, from configurations alone."""
         return LatentSpace.of(autoencoder_config(self.path))
 
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        """Of the square that the model was made for."""
-        side = self.latent_space.sample_size // self.latent_space.factor
-        return side, side
-
     def contexts(self, cache: Path | None) -> SharedContexts:
         """Contexts from a cache, or encoded as they are asked for."""
         if cache is None:

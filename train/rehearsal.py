@@ -63,6 +63,7 @@ class Rehearsal:
     roles: list[RoleFacts] = field(default_factory=list)
     memory: dict[str, Held] = field(default_factory=dict)
     held: int = 0  # bytes between updates
+    checkpoint: int = 0  # bytes of one, of all ranks
     peaks: dict[str, int] = field(default_factory=dict)  # bytes at the worst moment of each kind of update
     work: dict[str, Work] = field(default_factory=dict)
 
@@ -93,6 +94,7 @@ def rehearse(recipe: Recipe, path: str, shape: tuple[int, int, int], world_size:
         result = Rehearsal(cast.student.sigmas, Counter(method.updates(0)))
         result.memory = _memory(recipe, cast, optimizers)
         result.roles = _roles(recipe, path, cast)
+        result.checkpoint = _checkpoint(cast, result.memory, cluster.shards if recipe.parallel.kind == "fsdp" else 1)
         batch = batch_without_data(recipe, cast, shape, caption)
         kept = [torch.empty(sum(held.optimizer for held in result.memory.values()), dtype=torch.uint8)]
         averages = None if recipe.ema is None else Average(trainable(cast.student), recipe.ema)
@@ -250,6 +252,13 @@ def _memory(recipe: Recipe, cast: Cast, optimizers: Mapping[str, Optimizer]) -> 
             held.optimizer += states.get(id(parameter), 0)
             held.average += size if name == "student" and recipe.ema is not None and parameter.requires_grad else 0
     return found
+
+
+def _checkpoint(cast: Cast, memory: Mapping[str, Held], shards: int) -> int:
+    """What RunState keeps: parameters of the roles that move, whole, and the shares of all that goes with them."""
+    parameters = {id(p): p for module in cast.modules().values() for p in module.parameters()}
+    whole = sum(p.numel() * p.element_size() for p in parameters.values())
+    return whole + shards * sum(held.optimizer + held.average for held in memory.values())
 
 
 def state_bytes(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, int]]:

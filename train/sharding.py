@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -32,6 +33,8 @@ BUCKET = 1 << 25  # elements of an all-reduce, 128 MiB of float32: large enough 
 
 def shard(backbone: Backbone, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """FSDP2 on a network, block by block, in place."""
+    # Its output is a view, and nobody writes there.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     # The root too gives its parameters back after a forward: roles that run forward only would leave it whole.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in backbone.blocks():
@@ -131,15 +134,17 @@ def _squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 def check_alike(modules: dict[str, nn.Module], ranks: Ranks) -> None:
     """ValueError unless all ranks begin with the same whole parameters: averaged gradients alone keep them alike."""
-    if ranks.world_size == 1:
-        return
-    mine = {role: _digest(module) for role, module in modules.items()}
-    for rank, theirs in enumerate(ranks.gathered(mine)):
+    check_same({role: _digest(module) for role, module in modules.items()}, ranks)
+
+
+def check_same(found: Mapping[str, str], ranks: Ranks) -> None:
+    """ValueError unless all ranks have found the same of each role."""
+    for rank, theirs in enumerate(ranks.gathered(dict(found))):
         for role, digest in theirs.items():
-            if digest != mine[role]:
+            if digest != found[role]:
                 raise ValueError(
-                    f"twostep train: rank {rank} begins with another {role} than rank {ranks.rank}: their "
-                    f"files differ; give all ranks the same model"
+                    f"rank {rank} begins with another {role} than rank {ranks.rank}: their files differ; give all "
+                    f"ranks the same model"
                 )
 
 

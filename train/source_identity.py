@@ -2,25 +2,20 @@
 
 The configuration, and of every safetensors file its size and evenly spaced pieces, header and end among them. Two
 trainings of a network differ nearly everywhere, so pieces tell them apart; hashing 12 GB at each start would tell no
-more. A hub's model is its name and the commit that is in the cache.
+more. A hub's model is told by its files as well, whatever the commit.
 """
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+
+from ..zoo.place import fetched
 
 PIECES, PIECE = 64, 4096
 
 
 def source_identity(model: str, subfolder: str) -> str:
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(model, f"{subfolder}/config.json")
-        commit = Path(found).parents[1].name if isinstance(found, str) else "a commit that is not in the cache"
-        return f"{model}/{subfolder} at {commit}"
+    folder = fetched(model, "load_backbone", f"{subfolder}/*")
     inside = folder / subfolder if (folder / subfolder).is_dir() else folder
     total = hashlib.sha256()
     for path in sorted(path for path in inside.iterdir() if path.suffix in (".json", ".safetensors")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ AT_ONCE = 16  # images of a forward
 LARGE = 1 << 14  # numbers of a latent above which images are decoded one by one: an autoencoder needs GiB for each
 
 
-def check_evaluation(recipe: Recipe, parts: Parts, feed: Feed, shape: Callable[[], Sequence[int]]) -> None:
+def check_evaluation(recipe: Recipe, parts: Parts, feed: Feed) -> None:
     """ValueError where the miniature's detector is to look at what it does not know: images of latents of another
     shape than its own, or captions that it cannot read. Said before anything is trained."""
     from ..zoo.miniature import claims_of
@@ -38,7 +38,7 @@ def check_evaluation(recipe: Recipe, parts: Parts, feed: Feed, shape: Callable[[
         return
     head = "watch.evaluate.features is null, which is the miniature's detector"
     give = "give it a folder of DINO or CLIP for transformers, or set watch.evaluate to null"
-    size = tuple(parts.latent_space.factor * side for side in shape()[1:])
+    size = tuple(parts.latent_space.factor * side for side in feed.usual[1:])
     if size != (SIDE, SIDE):
         raise ValueError(f"{head} for {SIDE} x {SIDE} pixels, and these images have {size[0]} x {size[1]}: {give}")
     for caption in feed.captions_for_samples(config.prompts):
@@ -58,7 +58,7 @@ class Watch:
         self.recipe, self.ranks, self.method, self.parts, self.feed = recipe, ranks, method, parts, feed
         self.drift = Drift()
         self._metrics: Any = None
-        check_evaluation(recipe, parts, feed, self._shape)
+        check_evaluation(recipe, parts, feed)
 
     def state_dict(self) -> dict[str, Any]:
         return {"drift": self.drift.state_dict()}
@@ -119,7 +119,7 @@ class Watch:
             some = list(captions[start : start + AT_ONCE])
             numbers = range(start, start + len(some))
             context = self._contexts[some].to(device)
-            noise = sample_noise(self.recipe.seed + seed, numbers, self._shape()).to(device)
+            noise = sample_noise(self.recipe.seed + seed, numbers, self.feed.usual).to(device)
             with torch.no_grad(), torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
                 latents = self.method.sample(noise, context)
             self.ranks.watchdog.beat("decoding samples", patience=PATIENCE)
@@ -131,11 +131,6 @@ class Watch:
     @cached_property
     def _contexts(self) -> SharedContexts:
         return self.parts.contexts(self.parts.cache)
-
-    def _shape(self) -> tuple[int, int, int]:
-        if self.feed.shape is not None:
-            return self.feed.shape
-        return (self.parts.autoencoder.channels, *self.parts.latent_size)
 
     def _evaluate(self, iteration: int, config: EvaluateConfig, journal: Journal | NullJournal) -> dict[str, float]:
         if self._metrics is None:

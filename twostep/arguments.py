@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 FAULT, FAILED, INTERRUPTED = 2, 1, 130  # what was asked for is wrong; it could not be done; Ctrl-C, as shells have it
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what a write says without a name
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a write says without a name
 
 
 def add_interval(parser: argparse.ArgumentParser, what: str, says: str) -> None:

@@ -128,6 +128,8 @@ def _check(arguments: argparse.Namespace, step: int) -> None:
 
 
 def _config(model: str, known: tuple[str, ...]) -> dict[str, Any]:
+    from .train.suggest import did_you_mean
+
     if model == "miniature":
         from .zoo.miniature.model import WEIGHTS
 
@@ -138,8 +140,8 @@ def _config(model: str, known: tuple[str, ...]) -> dict[str, Any]:
             if "_class_name" in config:
                 return config
     raise ValueError(
-        f"{model!r} is neither one of {', '.join(known)}, miniature nor a folder with a diffusers transformer's "
-        f"config.json"
+        f"{model!r}: {did_you_mean(model, (*known, 'miniature'))}it is neither one of {', '.join(known)}, miniature "
+        f"nor a folder with a diffusers transformer's config.json"
     )
 
 
@@ -188,9 +190,11 @@ def _table(arguments: argparse.Namespace, plans: list[Any]) -> str:
     rows += [
         [f"{role}: million parameters", *(f"{p.parameters.get(role, 0) / 1e6:,.1f}" for p in plans)] for role in roles
     ]
-    rows.append(["held between updates: GiB", *(f"{p.held / GIB:,.1f}" for p in plans)])
+    unit, size = ("GiB", 2**30) if max(max(p.peaks.values()) for p in plans) >= 2**30 else ("MiB", 2**20)
+    rows.append([f"held between updates: {unit}", *(f"{p.held / size:,.1f}" for p in plans)])
     rows += [
-        [f"peak of a {phase} update: GiB", *(f"{p.peaks[phase] / GIB:,.1f}" for p in plans)] for phase in plans[0].peaks
+        [f"peak of a {phase} update: {unit}", *(f"{p.peaks[phase] / size:,.1f}" for p in plans)]
+        for phase in plans[0].peaks
     ]
     head = (
         f"{arguments.model}, {arguments.height} x {arguments.width}, batch {arguments.batch}, {arguments.caption} "

@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from torch import Tensor
 
-from .place import check_loaded, folder_or_hub_id
+from .place import check_loaded, fetched
 from .variant import variant_of
 
 KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLFlux2": AutoencoderKLFlux2}
@@ -139,11 +139,10 @@ def load_autoencoder(
     """
     config = autoencoder_config(path_or_hub_id, subfolder)
     LatentSpace.of(config)  # or an error that says which classes are known
-    source = folder_or_hub_id(path_or_hub_id, "load_autoencoder")
+    folder = fetched(path_or_hub_id, "load_autoencoder", f"{subfolder}/*") / subfolder
     vae, report = KINDS[config["_class_name"]].from_pretrained(
-        source,
-        subfolder=subfolder,
-        variant=variant_of(Path(source, subfolder)),
+        folder,
+        variant=variant_of(folder),
         torch_dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
@@ -154,16 +153,13 @@ def load_autoencoder(
 
 def autoencoder_config(path_or_hub_id: str | Path, subfolder: str = "vae") -> dict[str, Any]:
     """Its configuration, without its weights."""
-    source = folder_or_hub_id(path_or_hub_id, "load_autoencoder")
-    if isinstance(source, Path) and not (source / subfolder / "config.json").is_file():
+    folder = fetched(path_or_hub_id, "load_autoencoder", f"{subfolder}/config.json")
+    if not (folder / subfolder / "config.json").is_file():
         raise ValueError(
-            f"load_autoencoder: {source} has no {subfolder}/ with a config.json; give a diffusers pipeline's folder "
+            f"load_autoencoder: {folder} has no {subfolder}/ with a config.json; give a diffusers pipeline's folder "
             f"that holds its autoencoder"
         )
-    try:
-        config: dict[str, Any] = AutoencoderKL.load_config(source, subfolder=subfolder)  # any class's reads any
-    except OSError as error:
-        raise ValueError(f"load_autoencoder: {source} gave no configuration of {subfolder}/: {error}") from None
+    config: dict[str, Any] = AutoencoderKL.load_config(folder / subfolder)  # any class's reads any
     return config
 
 

@@ -7,17 +7,17 @@ pickled weights could run code.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel, ZImageTransformer2DModel
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from diffusers import Flux2Transformer2DModel, ZImageTransformer2DModel
 
 from .backbone import Backbone
 from .flux2.backbone import Flux2Backbone
 from .fuse import fuse
-from .place import check_loaded, folder_or_hub_id
+from .place import check_loaded, fetched
 from .variant import variant_of
 from .z_image.backbone import ZImageBackbone
 
@@ -26,6 +26,14 @@ FAMILIES: dict[str, tuple[Any, type[Backbone]]] = {
     "ZImageTransformer2DModel": (ZImageTransformer2DModel, ZImageBackbone),
     "Flux2Transformer2DModel": (Flux2Transformer2DModel, Flux2Backbone),
 }
+
+
+BESIDE = ("model_index.json", "scheduler/*")  # what tells of a transformer in a pipeline, beside its own folder
+# Settings of a scheduler that change a pipeline's sigma grid and are not followed here.
+UNKNOWN = (
+    *("use_dynamic_shifting", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+    *("invert_sigmas", "stochastic_sampling"),
+)
 
 
 def load_backbone(
@@ -50,12 +58,12 @@ def load_backbone(
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"load_backbone: dtype is {dtype!r}, expected a torch.dtype such as torch.bfloat16")
-    path = folder_or_hub_id(path, "load_backbone")
-    local = isinstance(path, Path)
-    if subfolder is None and (not local or Path(path, "model_index.json").is_file()):
+    of_hub = not Path(path).expanduser().is_dir()
+    folder = fetched(path, "load_backbone", f"{subfolder or 'transformer'}/*", *BESIDE, revision=revision)
+    if subfolder is None and (of_hub or (folder / "model_index.json").is_file()):
         subfolder = "transformer"
-    stock, backbone = family_of(path, config_of(path, subfolder, revision, local))
-    model = _weights(stock, path, subfolder, revision, local, dtype)
+    stock, backbone = family_of(path, config_of(folder, subfolder))
+    model = _weights(stock, folder, subfolder, dtype)
     if fused:
         fuse(model)
     keywords: dict[str, Any] = {}
@@ -64,25 +72,16 @@ def load_backbone(
             raise ValueError(f"load_backbone: embedded_guidance is for FLUX.2, and {path} is a {stock.__name__}")
         keywords["embedded_guidance"] = embedded_guidance
     if backbone is ZImageBackbone:
-        keywords.update(shift_of(path, subfolder, revision, local))
+        keywords.update(shift_of(folder, subfolder))
     return backbone(model.to(device), **keywords).eval()
 
 
-def config_of(path: str | Path, subfolder: str | None, revision: str | None, local: bool) -> dict[str, Any]:
-    if not local:
-        try:  # any model's class reads the config of any: they have the name of the file in common
-            return ZImageTransformer2DModel.load_config(str(path), subfolder=subfolder, revision=revision)
-        except OSError as error:
-            where = f"{path}/{subfolder}" if subfolder else str(path)
-            raise OSError(
-                f"load_backbone: there is no folder {path} here, and config.json of {where} could not be had from the "
-                f"hub or its cache. {error}"
-            ) from error
-    file = Path(path, subfolder or "", "config.json")
+def config_of(folder: Path, subfolder: str | None) -> dict[str, Any]:
+    file = Path(folder, subfolder or "", "config.json")
     if not file.is_file():
-        inside = sorted(entry.name for entry in Path(path).iterdir())[:8]
+        inside = sorted(entry.name for entry in folder.iterdir())[:8]
         raise ValueError(
-            f"load_backbone: {file} is missing, so {path} is no diffusers model; it holds "
+            f"load_backbone: {file} is missing, so {folder} is no diffusers model; it holds "
             f"{', '.join(inside) or 'nothing'}"
         )
     return _read_json(file)
@@ -98,20 +97,25 @@ def _read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def shift_of(path: str | Path, subfolder: str | None, revision: str | None, local: bool) -> dict[str, float]:
+def shift_of(folder: Path, subfolder: str | None) -> dict[str, float]:
     """The scheduler's shift, where the transformer lies in a pipeline, also if its own folder was given."""
-    own = Path(path).resolve()
+    own = folder.resolve()
     if subfolder is None and (own.parent / "model_index.json").is_file():
-        path, subfolder = own.parent, own.name
-    if subfolder is None or (local and not Path(path, "scheduler", "scheduler_config.json").is_file()):
+        folder, subfolder = own.parent, own.name
+    if subfolder is None:
+        return {}  # a transformer alone
+    file = folder / "scheduler" / "scheduler_config.json"
+    usual = "give the shift (roles.student.shift, --shift) if that is not meant"
+    if not file.is_file():
+        warnings.warn(f"{folder} has no scheduler/, and the sigma grid is Z-Image-Turbo's: {usual}", stacklevel=3)
         return {}
-    try:
-        config = FlowMatchEulerDiscreteScheduler.load_config(str(path), subfolder="scheduler", revision=revision)
-    except OSError as error:
-        absent = error.__context__
-        if not isinstance(absent, EntryNotFoundError) or isinstance(absent, LocalEntryNotFoundError):
-            raise  # the hub could not be asked
-        return {}
+    config = _read_json(file)
+    other = [name for name in UNKNOWN if config.get(name)]
+    if other:
+        shift = "Z-Image-Turbo's shift" if other[0] == UNKNOWN[0] else f"shift {config.get('shift', 1.0)} alone"
+        warnings.warn(
+            f"{file} has {', '.join(other)}, and the sigma grid here is that of {shift}: {usual}", stacklevel=3
+        )
     return {} if config.get("use_dynamic_shifting") else {"shift": float(config.get("shift", 1.0))}
 
 
@@ -125,20 +129,14 @@ def family_of(path: str | Path, config: dict[str, Any]) -> tuple[Any, type[Backb
     return FAMILIES[name]
 
 
-def _weights(
-    stock: Any, path: str | Path, subfolder: str | None, revision: str | None, local: bool, dtype: torch.dtype
-) -> torch.nn.Module:
-    variant = None
-    if local:
-        weights = Path(path, subfolder or "")
-        variant = variant_of(weights)
-        _check_shards(weights, variant)
+def _weights(stock: Any, folder: Path, subfolder: str | None, dtype: torch.dtype) -> torch.nn.Module:
+    path = folder / (subfolder or "")
+    variant = variant_of(path)
+    _check_shards(path, variant)
     before = torch.get_default_dtype()
     try:
         model, report = stock.from_pretrained(
             path,
-            subfolder=subfolder,
-            revision=revision,
             variant=variant,
             torch_dtype=dtype,
             use_safetensors=True,

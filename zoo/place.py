@@ -19,6 +19,25 @@ def folder_or_hub_id(place: str | Path, who: str) -> Path | str:
     return name
 
 
+def fetched(place: str | Path, who: str, *patterns: str, revision: str | None = None) -> Path:
+    """A folder that is there; of a hub repository, its place in the cache, where the files of these patterns are now.
+
+    Everything is read from there: off-line as well, and all of it of one commit.
+    """
+    found = folder_or_hub_id(place, who)
+    if isinstance(found, Path):
+        return found
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(found, revision=revision, allow_patterns=list(patterns)))
+    except OSError as error:
+        raise OSError(
+            f"{who}: there is no folder {place} here, and {', '.join(patterns)} of a repository of this name could not "
+            f"be had from the hub or its cache: {error}"
+        ) from error
+
+
 def check_loaded(report: Mapping[str, Any], who: str, where: str) -> None:
     """ValueError unless the weights were those, and all of those, that the configuration wants."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -34,7 +34,8 @@ from .context import Context
 from .discriminator import Discriminator
 from .fake_score import FakeScore
 from .fuse import fuse
-from .loading import FAMILIES, config_of, family_of, shift_of
+from .loading import BESIDE, FAMILIES, config_of, family_of, shift_of
+from .place import fetched
 from .student import TwoStepStudent
 from .teacher import Teacher
 from .z_image.backbone import ZImageBackbone
@@ -127,12 +128,10 @@ def backbone_like(
 ) -> Backbone:
     """What `load_backbone` gives, from configurations alone: for FakeTensorMode, which has one device as good as
     another."""
-    local = Path(path).is_dir()
-    config = config_of(path, subfolder, None, local)
+    folder = fetched(path, "load_backbone", f"{subfolder}/config.json", *BESIDE)
+    config = config_of(folder, subfolder)
     _, kind = family_of(path, config)
-    return make_backbone(
-        config, dtype, fused=fused, **(shift_of(path, subfolder, None, local) if kind is ZImageBackbone else {})
-    )
+    return make_backbone(config, dtype, fused=fused, **(shift_of(folder, subfolder) if kind is ZImageBackbone else {}))
 
 
 def make_roles(config: Mapping[str, Any], setting: Setting) -> Roles:

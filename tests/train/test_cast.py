@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import Flux2Transformer2DModel
 
 from twostep.train.cast import Casting
 from twostep.train.command import read_recipe
 from twostep.train.methods import Cast
+from twostep.train.sharding import check_same
 from twostep.zoo import AdapterView, Context
 from twostep.zoo.miniature import miniature
 
@@ -62,3 +64,39 @@ def test_the_fake_scores_adapter_has_the_students_rank_or_its_own(model: Path) -
         assert cast.guidance is not None
         shapes = {p.shape[0] for name, p in cast.guidance.fake.named_parameters() if ".lora_A" in name}
         assert shapes == {rank}
+
+
+def test_a_role_of_another_family_is_named(model: Path, tmp_path: Path) -> None:
+    config = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
+    config |= {"num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 4, 4)}
+    Flux2Transformer2DModel(**config, guidance_embeds=False).save_pretrained(tmp_path / "transformer")
+    source = f"roles.real_score={{source: {tmp_path}, subfolder: transformer}}"
+    with pytest.raises(ValueError, match=r"roles\.real_score\.source is a flux2 for latents of 16 channels"):
+        roles(model, source)
+
+
+class TwoRanks:
+    """Rank 0 of two, the other of which has found something else."""
+
+    rank, world_size = 0, 2
+
+    def __init__(self, other: dict[str, str]) -> None:
+        self.other = other
+
+    def gathered(self, mine: dict[str, str]) -> list[dict[str, str]]:
+        return [mine, self.other]
+
+
+def test_ranks_that_find_other_files_are_told_apart(model: Path) -> None:
+    """Frozen networks too, which no gradient would ever tell apart, and what is divided into shards."""
+    data = "data={kind: prompts, prompts: p.txt, contexts: c, teacher: t}"
+    recipe = read_recipe("miniature-turbo-pp", [f"model={model}", data])
+    found = Casting(recipe, str(model), torch.device("cpu")).sources()
+    assert set(found) == {"student", "real_score", "discriminator"} and found["student"] != found["real_score"]
+    check_same(found, TwoRanks(dict(found)))
+    other = {**found, "real_score": found["student"]}
+    with pytest.raises(ValueError, match=r"^rank 1 begins with another real_score than rank 0: their files differ"):
+        check_same(found, TwoRanks(other))
+    lora = read_recipe("miniature-turbo-pp-lora", [f"model={model}", data])
+    sources = Casting(lora, str(model), torch.device("cpu")).sources()
+    assert sources["fake_score"] == sources["real_score"]  # a checkpoint's adapter belongs to it

@@ -182,7 +182,9 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(checkpoint, "write_tensors", lambda *a: pytest.fail("written"))
     big = {"student": {"w": torch.zeros(1000, 1000)}}
-    with pytest.raises(OSError, match=r"the disk is full: a checkpoint needs (\d+) bytes, 1234 are free") as caught:
+    with pytest.raises(
+        OSError, match=r"the disk is full: rank 0's part of a checkpoint needs (\d+) bytes, 1234 are free"
+    ) as caught:
         store.save(2, big, None, signature=SIGNATURE)
     needed = int(str(caught.value).split("needs ")[1].split()[0])
     assert caught.value.errno == errno.ENOSPC and 4_000_000 <= needed < 6_000_000
@@ -205,7 +207,9 @@ def test_a_disk_that_fills_while_writing_leaves_the_old_checkpoints(
         real(handle)
 
     monkeypatch.setattr(tensor_file.os, "fsync", full)
-    with pytest.raises(OSError, match=r"the disk is full: a checkpoint needs \d+ bytes, \d+ are free; the checkpoints"):
+    with pytest.raises(
+        OSError, match=r"the disk is full: rank 0's part of a checkpoint needs \d+ bytes, \d+ are free; the checkpoints"
+    ):
         save(store, step)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"] and contents(tmp_path / "step-00000001") == before
 

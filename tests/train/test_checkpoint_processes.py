@@ -83,9 +83,9 @@ def test_ranks_save_one_checkpoint_or_none(tmp_path: Path) -> None:
     for name in ("full on 0", "full on 1", "steps differ", "bad step", "sharded"):
         assert isinstance(zero[name], str) and isinstance(one[name], str)
         assert zero[f"{name}, latest"] == one[f"{name}, latest"] == 2
-    assert "the disk is full: a checkpoint needs" in zero["full on 0"]
+    assert "the disk is full: rank 0's part of a checkpoint needs" in zero["full on 0"]
     assert "step 2 was not saved, since another rank failed" in one["full on 0"]
-    assert "the disk is full: a checkpoint needs" in one["full on 1"]
+    assert "the disk is full: rank 1's part of a checkpoint needs" in one["full on 1"]
     assert "rank 1 could not write its part" in zero["full on 1"]
     assert "asked to save step 5 while rank 0 saves step 4" in one["steps differ"]
     assert "step is -1" in zero["bad step"] and "rank 0 could not begin to save" in one["bad step"]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.zoo.test_plan import WatchMalloc
 from twostep.cli import main
@@ -36,6 +37,7 @@ from twostep.zoo.miniature.architecture import build
 from twostep.zoo.miniature.model import _assemble
 
 from . import tiny_pipelines, tiny_runs
+from .run_server import Server
 from .test_optimizers import needs
 from .tiny_runs import Place, make_place
 
@@ -142,7 +144,7 @@ def test_data_that_are_not_there(place: Place, tmp_path: Path, method: str, data
 def test_ranks_that_cannot_be(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = read(place, tmp_path, "flow_matching", parallel={"kind": "fsdp", "replicas": 3})
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(ValueError, match="replicas is 3, expected a divisor of the number of GPUs, 8"):
+    with pytest.raises(ValueError, match="replicas is 3, expected a divisor of the number of ranks, 8; say how many"):
         describe_run(recipe)
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(ValueError, match="WORLD_SIZE is 'many', expected a whole number"):
@@ -242,6 +244,20 @@ class Trainer:
         for update in optimizers:
             updater.run(update, [next(feed)])
         return trainer
+
+
+@pytest.mark.parametrize(("method", "weights"), [("turbo_pp", "full"), ("turbo_pp", "lora"), ("d_opsd", "full")])
+def test_a_checkpoint_is_as_large_as_was_said(
+    server: Server, place: Place, tmp_path: Path, method: str, weights: str
+) -> None:
+    recipe = tiny_runs.recipe(place, method, weights, tmp_path / "run", iterations=1)
+    statuses, printed = server.run(recipe)
+    assert statuses == [0], printed
+    (folder,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    files = [file for file in folder.rglob("*.safetensors") if file.name != "own.safetensors"]  # a rank's generators
+    tensors = sum(t.numel() * t.element_size() for file in files for t in load_file(file).values())
+    said = rehearsed(load(Recipe, None, base=recipe)).checkpoint
+    assert said <= tensors <= 1.01 * said  # an optimizer counts its steps
 
 
 def rehearsed(recipe: Recipe, world_size: int = 1) -> Rehearsal:

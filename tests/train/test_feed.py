@@ -318,6 +318,16 @@ def test_samples_of_another_text_encoder_are_refused(made: Path, tmp_path: Path)
 # Images
 
 
+def test_of_several_buckets_the_usual_shape_is_the_square_of_their_area(made: Path) -> None:
+    for area, side in ((None, 16), (32 * 32, 8), (100 * 100, 24)):
+        with closing(feed_of(ImagesData(folder=made / "images", area=area))) as feed:
+            assert feed.shape is None and feed.usual == (4, side, side)
+    with closing(feed_of(ImagesData(folder=made / "images", area=24 * 24), klein=True)) as feed:
+        assert feed.shape is None and feed.usual == (16, 6, 6)
+    with closing(feed_of(PromptsData(prompts=made / "prompts.txt", size=(32, 48)))) as feed:
+        assert feed.shape == feed.usual == (4, 8, 12)
+
+
 @torch.no_grad()
 def test_images_become_latents_and_contexts_each_by_itself(made: Path) -> None:
     parts, images = shared_parts(False), ImageFolder(made / "images", area=64 * 64, factor=8)

@@ -93,9 +93,9 @@ def test_parts_are_the_pipelines_and_loaded_once() -> None:
     assert parts.text_encoder is parts.text_encoder and parts.autoencoder is parts.autoencoder
     expected = load_autoencoder(mini_folder()).encode(pictures())
     assert torch.equal(parts.autoencoder.encode(pictures()), expected)
-    assert (parts.latent_space.channels, parts.latent_size) == (4, (16, 16))
+    assert (parts.latent_space.channels, parts.latent_space.sample_size) == (4, 64)
     klein = parts_of(klein_folder())
-    assert (klein.latent_space.channels, klein.latent_space.factor, klein.latent_size) == (16, 4, (8, 8))
+    assert (klein.latent_space.channels, klein.latent_space.factor, klein.latent_space.sample_size) == (16, 4, 32)
     rounded = Parts(str(mini_folder()), dtype=torch.bfloat16, device="cpu")
     assert rounded.autoencoder.dtype == torch.bfloat16
     assert rounded.text_encoder.encode(CAPTIONS).features.dtype == torch.bfloat16

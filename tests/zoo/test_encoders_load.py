@@ -68,7 +68,7 @@ def test_says_what_a_folder_lacks(tmp_path: Path) -> None:
 def test_takes_nothing_from_the_hub_but_the_text_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, allow_patterns: list[str], revision: str | None) -> str:
         asked.append((name, allow_patterns))
         return str(tiny_encoders.zimage())
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
-from huggingface_hub.errors import EntryNotFoundError
 
 from twostep.zoo import load_backbone
 from twostep.zoo.flux2.backbone import Flux2Backbone
@@ -243,25 +241,31 @@ def test_a_hub_id_loads_as_its_folder_does(hub: Path) -> None:
         assert relative_error(found, call_stock(stock_model(CASES["z-image"]), CASES["z-image"], batch)) <= 1e-5
 
 
-def test_a_scheduler_that_is_not_there_is_not_one_that_could_not_be_asked_for(
-    hub: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_model_in_shards_loads_off_line(hub: Path) -> None:
+    shutil.rmtree(hub / "transformer")
+    stock_model(CASES["z-image"]).save_pretrained(hub / "transformer", max_shard_size="200KB")
+    assert (hub / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    assert load_backbone("owner/name").default_shift(16, 16, 8) == 6.0
+
+
+def test_what_the_cache_does_not_hold_is_told_off_line(hub: Path) -> None:
+    with pytest.raises(
+        OSError, match=r"there is no folder owner/other here, and transformer/\*, .* the hub or its cache"
+    ):
+        load_backbone("owner/other")
+
+
+def test_a_pipeline_without_a_scheduler_has_turbos_grid_and_says_so(hub: Path) -> None:
     shutil.rmtree(hub / "scheduler")
-    with pytest.raises(OSError, match="scheduler"):  # off-line, nobody knows the pipeline's shift
-        load_backbone("owner/name")
-
-    def answer(*_: object, **__: object) -> None:
-        raise EntryNotFoundError("404")
-
-    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "load_config", classmethod(_as_diffusers_says(answer)))
-    assert load_backbone("owner/name").default_shift(16, 16, 8) == 3.0
+    with pytest.warns(UserWarning, match="has no scheduler/, and the sigma grid is Z-Image-Turbo's: give the shift"):
+        assert load_backbone("owner/name").default_shift(16, 16, 8) == 3.0
 
 
-def _as_diffusers_says(answer: Callable[..., None]) -> Callable[..., None]:
-    def load_config(_: object, *__: object, **___: object) -> None:
-        try:
-            answer()
-        except EntryNotFoundError:
-            raise OSError("owner/name does not appear to have a file named scheduler_config.json.")  # noqa: B904
-
-    return load_config
+@pytest.mark.parametrize(
+    ("setting", "shift"),
+    [({"use_dynamic_shifting": True}, 3.0), ({"shift_terminal": 0.1}, 6.0), ({"use_karras_sigmas": True}, 6.0)],
+)
+def test_a_schedulers_settings_that_are_not_followed_are_named(hub: Path, setting: dict, shift: float) -> None:
+    FlowMatchEulerDiscreteScheduler(shift=6.0, **setting).save_pretrained(hub / "scheduler")
+    with pytest.warns(UserWarning, match=f"has {next(iter(setting))}, and the sigma grid here is that of"):
+        assert load_backbone("owner/name").default_shift(16, 16, 8) == shift

@@ -195,13 +195,13 @@ class Latents:
 
 def _latents(model: str, subfolder: str, size: tuple[int, int] | None) -> Latents:
     """The latents of images of this size, from the model's configurations alone."""
-    from diffusers import ZImageTransformer2DModel
-
     from twostep.zoo.autoencoder import LatentSpace, autoencoder_config
+    from twostep.zoo.loading import config_of
+    from twostep.zoo.place import fetched
 
     try:
         vae = LatentSpace.of(autoencoder_config(model))
-        transformer = ZImageTransformer2DModel.load_config(model, subfolder=subfolder)  # any class's reads any
+        transformer = config_of(fetched(model, "twostep cache", f"{subfolder}/config.json"), subfolder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{model} is no diffusers pipeline with vae/ and {subfolder}/: {error}") from None
     height, width = (vae.sample_size, vae.sample_size) if size is None else size

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..place import folder_or_hub_id
+from ..place import fetched
 from ..variant import variant_of
 from .klein import KleinTextEncoder
 from .protocol import TextEncoder
@@ -47,7 +47,8 @@ def load_text_encoder(
     """
     import transformers
 
-    folder = _folder(folder_or_hub_id)
+    parts = ("model_index.json", "text_encoder/*", "tokenizer/*")
+    folder = fetched(folder_or_hub_id, "load_text_encoder", *parts)
     index = _pipeline_index(folder)
     pipeline = index["_class_name"]
     if isinstance(pipeline, list):  # a file in the folder, and a class in it: an exported student's
@@ -74,16 +75,6 @@ def load_text_encoder(
     encoder.model.to(device)
     loaded: TextEncoder = encoder
     return loaded
-
-
-def _folder(where: str | Path) -> Path:
-    found = folder_or_hub_id(where, "load_text_encoder")
-    if isinstance(found, Path):
-        return found
-    from huggingface_hub import snapshot_download
-
-    wanted = ["model_index.json", "text_encoder/*", "tokenizer/*"]
-    return Path(snapshot_download(found, allow_patterns=wanted))
 
 
 def _pipeline_index(folder: Path) -> dict[str, Any]:
