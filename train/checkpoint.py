@@ -332,7 +332,7 @@ class Store:
             sync_folder(job.folder)
             publish(job.folder, self.folder / manifest.step_folder(job.step))
         except OSError as error:
-            raise self._explained(error, _SLACK) from error
+            raise self._explained(error, _SLACK, rank=0) from error
 
     def _published(self, job: _Job) -> Saved:
         with suppress(CheckpointError):

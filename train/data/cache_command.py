@@ -112,8 +112,8 @@ def _run(args: argparse.Namespace, here: Place) -> int:
         print(f"{args.out / 'contexts'}: {len(contexts)} contexts of {contexts.encoder}")
         if latents is not None:
             made = TeacherCache(args.out / "teacher")
-            shape = " x ".join(map(str, made.shape))
-            print(f"{args.out / 'teacher'}: {len(made)} samples of {shape}, {len(made.sigmas) - 1} steps each")
+            size = " x ".join(map(str, made.shape))
+            print(f"{args.out / 'teacher'}: {len(made)} samples of {size}, {len(made.sigmas) - 1} steps each")
     return 0
 
 

@@ -361,6 +361,7 @@ def _write_shard(
     clear_leftovers(folder / name)  # of a run that was killed
     latents: list[Tensor] = []
     anchors: list[Tensor] = []
+    before = torch.empty(0)
 
     def on_step(step: int, x: Tensor) -> None:
         nonlocal before
