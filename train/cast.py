@@ -1,4 +1,4 @@
-"""The roles of a run, from its recipe: loaded, frozen or trainable, full or adapters on one base, in shards or whole.
+"""The roles of a run, from its recipe: loaded, frozen or trainable, full or adapters, in shards or whole.
 
     full    a trainable copy in float32 for the student's steps (or one for all) and for the fake score; what is frozen
             (real score, the discriminator's features) is loaded once for each source, in the compute dtype
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from ..zoo import (
     load_backbone,
 )
 from ..zoo.sampling import sigma_grid
+from ..zoo.saved_student import FACTS, student_facts
 from .data import TeacherCache, noise_generator
 from .methods import Cast, Guidance, method_class
 from .recipe import DiscriminatorRole, FakeScoreRole, GuidanceConfig, PromptsData, RealScoreRole, Recipe, StudentRole
@@ -100,8 +102,18 @@ class Casting:
         role = self.recipe.roles.student
         if role.sigmas is not None:
             return role.sigmas
+        if role.shift is None and (own := self._sigmas_of_a_student()) is not None:
+            return own
         shift = self.networks()[0].default_shift(*size, role.steps) if role.shift is None else role.shift
         return sigma_grid(role.steps, shift)
+
+    def _sigmas_of_a_student(self) -> tuple[float, ...] | None:
+        """Of one that another run has left, where it is what this one begins with and has as many steps."""
+        folder = Path(self._student_source[0]).expanduser()
+        if not (folder / FACTS).is_file():
+            return None
+        sigmas: tuple[float, ...] = tuple(student_facts(folder)["sigmas"])
+        return sigmas if len(sigmas) == self.recipe.roles.student.steps + 1 else None
 
     def anchor_sigma(self) -> float:
         """Where the teacher's anchors must stand: at the end of the student's first step."""

@@ -28,7 +28,7 @@ from .configuration import dump, environment, resolved
 from .data import NoiseStreams
 from .data.noise import seed_everybody
 from .feed import make_feed
-from .journal import Journal, NullJournal, read_events, read_metrics
+from .journal import ANEW, Journal, NullJournal, read_events, read_metrics
 from .methods import Cast, Method, TrainingBatch, method_class
 from .monitors import Averages, CriticLag, PhaseClock
 from .parts import Parts
@@ -37,7 +37,7 @@ from .ranks import PATIENCE, Ranks
 from .recipe import DiscriminatorRole, FakeScoreRole, PromptsData, RealScoreRole, Recipe
 from .result import write_student, written_at
 from .run_state import Progress, RunState
-from .sharding import check_alike, check_same
+from .sharding import check_alike, check_same, views_are_meant
 from .signals import Signals
 from .update import Outcome, Updater, optimizers_of, trainable
 from .watch import Watch
@@ -68,7 +68,7 @@ def train(recipe: Recipe, ranks: Ranks, *, fresh: bool = False, profile: bool = 
         which: a checkpoint to go on from (a step, or a folder) instead of the last.
     """
     alone = sole(recipe.out, "training") if ranks.first else nullcontext()
-    with Signals() as signals, alone:
+    with Signals() as signals, alone, views_are_meant():
         run = Run.of(recipe, ranks, signals)
         try:
             run.begin(fresh=fresh, which=which)
@@ -169,7 +169,7 @@ class Run:
             self._recall()
             resumed = self.state.progress.iteration
         elif (recipe.out / METRICS).exists():
-            resumed = 0  # it ended before its first checkpoint was due
+            resumed = ANEW  # it ended before its first checkpoint was due
         if self.ranks.first:
             self._write_settings()
             self.journal = Journal(
@@ -199,7 +199,7 @@ class Run:
         lines = read_metrics(out) if (out / METRICS).exists() else []
         last = lines[-1]["iteration"] if lines else 0
         any_checkpoint = self.store.holds_any()
-        if fresh and (any_checkpoint or lines or (out / "student").exists()):
+        if fresh and (any_checkpoint or last or (out / "student").exists()):
             return False, (
                 f"{out} holds a run already (its journal ends at iteration {last}); leave out --fresh to go on with "
                 f"it, or give another folder: out=..."

@@ -10,7 +10,6 @@ that was before (sources.py says how).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,15 +31,19 @@ from .sources import ImagesSource, Making, PromptsSource, Shape, ShapesSource, S
 class Feed:
     """An endless iterator of TrainingBatch with a state: torchdata's Stateful, and torch.distributed.checkpoint's."""
 
-    def __init__(self, source: Source, contexts: SharedContexts, usual: Shape) -> None:
+    def __init__(self, source: Source, contexts: SharedContexts) -> None:
         self._source, self._ahead = source, Prefetch(source)
-        self.usual = usual  # of all latents; of several buckets the square of their area, for what asks for one shape
         self.contexts = contexts  # of the captions that captions_for_samples gives, and of the batches
 
     @property
     def shape(self) -> Shape | None:
         """Of latents, where all are of one; None for several buckets."""
         return self._source.shape
+
+    @property
+    def usual(self) -> Shape:
+        """Of latents, for what asks for one shape: of several buckets, which have about one area, the square."""
+        return self._source.usual
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         return self
@@ -115,7 +118,6 @@ def make_feed(
         teacher = None if data.teacher is None else _teacher_of(data, prompts, latent_channels)
         hands = _hands(data, teacher, wants, anchor_sigma)
         shape = _shape(data, teacher, parts, latent_factor)
-        usual = shape
         batches = PromptBatches(
             prompts, contexts, Order(len(prompts), batch, seed=seed, rank=rank, world_size=world_size)
         )
@@ -129,9 +131,6 @@ def make_feed(
         order = BucketOrder(folder.buckets, images, seed=seed, rank=rank, world_size=world_size)
         making = Making(parts, wants, data.vision, data.vision_pixels)
         source = ImagesSource(making, folder, contexts, order, where, data.memory, kept)
-        # Several buckets have about one area.
-        units = max(1, round(math.sqrt(area) / (space.factor * latent_factor)))
-        usual = source.shape or (space.channels, units * latent_factor, units * latent_factor)
     else:
         contexts = parts.contexts(None)
         source = ShapesSource(
@@ -140,9 +139,7 @@ def make_feed(
             ShapesBatches(batch, seed=seed, rank=rank, world_size=world_size, pool=data.pool),
             where,
         )
-        assert source.shape is not None
-        usual = source.shape
-    return Feed(source, contexts, usual)
+    return Feed(source, contexts)
 
 
 def _to_keep(keep: KeepConfig, batch: int, seed: int, rank: int, world_size: int) -> tuple[Prompts, Order]:

@@ -49,7 +49,7 @@ def colour_statistics(images: Tensor) -> dict[str, Tensor]:  # [N, 3, H, W] in [
 
 
 class Drift:
-    """Ratios of numbers to the first that were seen, those of iteration 0: `saturation` becomes `saturation_drift`."""
+    """Ratios of numbers to the first that were seen, mostly of iteration 0: `saturation` becomes `saturation_drift`."""
 
     def __init__(self) -> None:
         self.first: dict[str, float] = {}

@@ -56,7 +56,7 @@ class StudentRole:
         if self.sigmas is not None and len(self.sigmas) != self.steps + 1:
             yield f"sigmas are {len(self.sigmas)} numbers, and {self.steps} steps have {self.steps + 1}: set steps too"
         if self.sigmas is not None and self.shift is not None:
-            yield "both sigmas and shift are given: sigmas are shifted already; with them shift is null"
+            yield "both sigmas and shift are given, and sigmas are shifted already: set shift to null"
         yield from _check_shift(self.shift)
         if self.sigmas is not None:
             grid = list(self.sigmas)
@@ -320,7 +320,9 @@ class WandbSettings:
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
     every: int = told(10, "iterations between two rows of numbers")
-    samples_every: int | None = told(500, "iterations between two sheets of samples; null: none")
+    samples_every: int | None = told(
+        500, "iterations between two sheets of samples, the first at the start; null: none"
+    )
     samples: int = told(16, "images of a sheet")
     evaluate: EvaluateConfig | None = told(None, "quality and diversity as training goes")
     tensorboard: bool = told(True, "write event files")

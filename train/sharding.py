@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -33,13 +34,19 @@ BUCKET = 1 << 25  # elements of an all-reduce, 128 MiB of float32: large enough 
 
 def shard(backbone: Backbone, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """FSDP2 on a network, block by block, in place."""
-    # Its output is a view, and nobody writes there.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     # The root too gives its parameters back after a forward: roles that run forward only would leave it whole.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in backbone.blocks():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(backbone, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+@contextmanager
+def views_are_meant() -> Iterator[None]:
+    """FSDP2 warns of networks whose output is a view. Nobody writes into ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        yield
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import hashlib
 
-from ..zoo.place import fetched
+from ..zoo.place import fetched, inside
 
 PIECES, PIECE = 64, 4096
 
 
 def source_identity(model: str, subfolder: str) -> str:
-    folder = fetched(model, "load_backbone", f"{subfolder}/*")
-    inside = folder / subfolder if (folder / subfolder).is_dir() else folder
+    folder = fetched(model, "load_backbone", [inside(subfolder, "*.safetensors")], [inside(subfolder, "*.json")])
+    place = folder / subfolder if (folder / subfolder).is_dir() else folder
     total = hashlib.sha256()
-    for path in sorted(path for path in inside.iterdir() if path.suffix in (".json", ".safetensors")):
+    for path in sorted(path for path in place.iterdir() if path.suffix in (".json", ".safetensors")):
         size = path.stat().st_size
         total.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -39,7 +40,8 @@ Shape = tuple[int, int, int]  # channels, height, width of latents
 class Source(Protocol):
     """What a kind of data is behind a Feed: a Stateful of batches that can say what it is made of."""
 
-    shape: Shape | None
+    shape: Shape | None  # of latents; None for several
+    usual: Shape  # of these one
 
     def __iter__(self) -> Iterator[TrainingBatch]: ...
 
@@ -75,7 +77,7 @@ class PromptsSource:
         self.parts, self.batches, self.contexts, self.teacher = parts, batches, contexts, teacher
         self.prompts, self.hands, self.device = batches.prompts, hands, device
         self.shape: Shape | None = shape
-        self._latents = shape
+        self.usual = self._latents = shape
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         return self
@@ -225,6 +227,7 @@ class ImagesSource:
         self.device, self.memory = device, memory
         self.kept = None if kept is None else PromptBatches(kept[0], _Alone(self), kept[1])
         self.shape: Shape | None = self._shape_of(0) if len(folder.sizes) == 1 else None
+        self.usual = self.shape or self._square()
         self._stored: dict[int | str, Made] = {}  # by an image's number, or a prompt
         self._taken = 0  # bytes
 
@@ -303,6 +306,12 @@ class ImagesSource:
         (height, width), space = self.folder.sizes[bucket], self.making.parts.latent_space
         return space.channels, height // space.factor, width // space.factor
 
+    def _square(self) -> Shape:
+        """Of the area that all buckets have about."""
+        space, unit = self.making.parts.latent_space, self.folder.factor
+        side = max(1, round(math.sqrt(self.folder.area) / unit)) * unit // space.factor
+        return space.channels, side, side
+
     def _made(self, number: int) -> Made:
         if number in self._stored:
             return self._stored[number]
@@ -351,6 +360,7 @@ class ShapesSource:
         space = making.parts.latent_space
         self._latents = (space.channels, SIDE // space.factor, SIDE // space.factor)
         self.shape: Shape | None = self._latents
+        self.usual = self._latents
         self._kept: dict[int, TrainingBatch] = {}  # of a pool, by the first sample
 
     def __iter__(self) -> Iterator[TrainingBatch]:

@@ -132,7 +132,7 @@ def memory_explained(doing: str) -> Iterator[None]:
         raise OutOfMemory(
             f"out of memory in {doing} ({lines[0][:200]}). What helps, cheapest first: "
             "compute.checkpointing=true; a smaller batch with more accumulate; method.mode=recompute; "
-            "roles.student.weights=lora (one frozen base); parallel.kind=fsdp on several GPUs. "
+            "roles.student.weights=lora (frozen bases); parallel.kind=fsdp on several GPUs. "
             "`twostep plan` and `twostep train --dry-run` predict each without a GPU"
         ) from error
 

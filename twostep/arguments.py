@@ -79,19 +79,25 @@ def answered(
         kept: what is left of it, and what to do, where it is interrupted.
         failures: what the work itself raises where it was asked for rightly, and fails.
     """
+
+    def said(text: str) -> None:
+        # A function of the library names itself, and under this name it is the command.
+        for name in (f"twostep {command}: ", f"{command}: "):
+            text = text.removeprefix(name)
+        print(f"twostep {command}: {text}", file=sys.stderr)
+
     try:
         return work()
     except KeyboardInterrupt:
-        print(f"\ntwostep {command}: interrupted; {kept}", file=sys.stderr)
+        print(file=sys.stderr)
+        said(f"interrupted; {kept}")
         return INTERRUPTED
     except failures as error:
-        print(f"twostep {command}: {error}", file=sys.stderr)
+        said(str(error))
         return FAILED
     except ValueError as error:
-        # A function of the library names itself, and under this name it is the command.
-        text = str(error).removeprefix(f"twostep {command}: ").removeprefix(f"{command}: ")
-        print(f"twostep {command}: {text}", file=sys.stderr)
+        said(str(error))
         return FAULT
     except OSError as error:
-        print(f"twostep {command}: {system_fault(error, out)}", file=sys.stderr)
+        said(system_fault(error, out))
         return FAILED

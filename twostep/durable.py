@@ -1,7 +1,7 @@
 """Files and folders that are there whole or not at all, whenever the process or the machine stops.
 
-A file is written under a hidden name of its own, `.<name>.<random>`, and renamed when it is on the disk. A folder is
-filled under a temporary name, and renamed when every byte is on the disk. A rename is one step to every reader, and
+A file is written under a hidden name of its own, `.<name>.tmp-<random>`, and renamed when it is on the disk. A folder
+is filled under a temporary name, and renamed when every byte is on the disk. A rename is one step to every reader, and
 survives a power cut once the folder above it is synced. The filler holds a lock (flock) on its temporary folder; the
 kernel releases it at death of any kind, so a temporary folder that can be locked is a dead process's, whatever
 container or reused process number it came from.
@@ -25,9 +25,15 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Where to write a file, which becomes `path` at the end, in the place of what was there. An error leaves that."""
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+def replaced(path: Path, *, alone: bool = True) -> Iterator[Path]:
+    """Where to write a file, which becomes `path` at the end, in the place of what was there. An error leaves that.
+
+    Args:
+        alone: nobody else writes it meanwhile: what killed processes have left of it goes.
+    """
+    if alone:
+        clear_leftovers(path)
+    new = path.with_name(f".{path.name}{TEMPORARY}{secrets.token_hex(4)}")
     try:
         yield new
         sync(new)
@@ -38,9 +44,13 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(path: Path) -> None:
-    """Removes what killed processes had written of the file; for the one process that writes it."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+    """Removes what killed processes had written of the file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}{TEMPORARY}*"):
         left.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    return path.name.startswith(".") and TEMPORARY in path.name
 
 
 def sync(file: Path) -> None:

@@ -139,7 +139,8 @@ def load_autoencoder(
     """
     config = autoencoder_config(path_or_hub_id, subfolder)
     LatentSpace.of(config)  # or an error that says which classes are known
-    folder = fetched(path_or_hub_id, "load_autoencoder", f"{subfolder}/*") / subfolder
+    weights, rest = f"{subfolder}/*.safetensors", f"{subfolder}/*.json"
+    folder = fetched(path_or_hub_id, "load_autoencoder", [weights], [rest]) / subfolder
     vae, report = KINDS[config["_class_name"]].from_pretrained(
         folder,
         variant=variant_of(folder),
@@ -153,7 +154,7 @@ def load_autoencoder(
 
 def autoencoder_config(path_or_hub_id: str | Path, subfolder: str = "vae") -> dict[str, Any]:
     """Its configuration, without its weights."""
-    folder = fetched(path_or_hub_id, "load_autoencoder", f"{subfolder}/config.json")
+    folder = fetched(path_or_hub_id, "load_autoencoder", [f"{subfolder}/config.json"])
     if not (folder / subfolder / "config.json").is_file():
         raise ValueError(
             f"load_autoencoder: {folder} has no {subfolder}/ with a config.json; give a diffusers pipeline's folder "

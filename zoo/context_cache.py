@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..durable import clear_leftovers, replaced
+from ..durable import replaced
 from ..progress import progress_bar
 from .context import Context
 from .encoders.protocol import TextEncoder
@@ -286,7 +286,6 @@ class OnlineContexts:
 
 def _write_shard(folder: Path, plan: Plan, shard: int, encoder: TextEncoder, batch_size: int) -> None:
     name, part = plan.name(shard), plan.part(shard)
-    clear_leftovers(folder / name)  # of a run that was killed
     dtype = DTYPES[plan.header["dtype"]]
     rows: dict[int, Tensor] = {}
     counts: dict[int, Tensor] = {}

@@ -7,7 +7,6 @@ pickled weights could run code.
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from diffusers import Flux2Transformer2DModel, ZImageTransformer2DModel
 from .backbone import Backbone
 from .flux2.backbone import Flux2Backbone
 from .fuse import fuse
-from .place import check_loaded, fetched
+from .place import check_loaded, fetched, inside
 from .variant import variant_of
 from .z_image.backbone import ZImageBackbone
 
@@ -59,11 +58,13 @@ def load_backbone(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"load_backbone: dtype is {dtype!r}, expected a torch.dtype such as torch.bfloat16")
     of_hub = not Path(path).expanduser().is_dir()
-    folder = fetched(path, "load_backbone", f"{subfolder or 'transformer'}/*", *BESIDE, revision=revision)
-    if subfolder is None and (of_hub or (folder / "model_index.json").is_file()):
-        subfolder = "transformer"
-    stock, backbone = family_of(path, config_of(folder, subfolder))
-    model = _weights(stock, folder, subfolder, dtype)
+    part = "transformer" if subfolder is None and of_hub else subfolder
+    weights = [inside(part, name) for name in ("config.json", "*.safetensors")]
+    folder = fetched(path, "load_backbone", weights, [inside(part, "*.json"), *BESIDE], revision)
+    if part is None and (folder / "model_index.json").is_file():
+        part = "transformer"
+    stock, backbone = family_of(path, config_of(folder, part))
+    model = _weights(stock, folder, part, dtype)
     if fused:
         fuse(model)
     keywords: dict[str, Any] = {}
@@ -72,7 +73,7 @@ def load_backbone(
             raise ValueError(f"load_backbone: embedded_guidance is for FLUX.2, and {path} is a {stock.__name__}")
         keywords["embedded_guidance"] = embedded_guidance
     if backbone is ZImageBackbone:
-        keywords.update(shift_of(folder, subfolder))
+        keywords.update(shift_of(folder, part))
     return backbone(model.to(device), **keywords).eval()
 
 
@@ -97,26 +98,24 @@ def _read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def shift_of(folder: Path, subfolder: str | None) -> dict[str, float]:
-    """The scheduler's shift, where the transformer lies in a pipeline, also if its own folder was given."""
+def shift_of(folder: Path, subfolder: str | None) -> dict[str, Any]:
+    """The scheduler's shift, where the transformer lies in a pipeline, also if its own folder was given; and why that
+    may not be the pipeline's sigma grid."""
     own = folder.resolve()
-    if subfolder is None and (own.parent / "model_index.json").is_file():
+    if not subfolder and (own.parent / "model_index.json").is_file():
         folder, subfolder = own.parent, own.name
-    if subfolder is None:
+    if not subfolder:
         return {}  # a transformer alone
     file = folder / "scheduler" / "scheduler_config.json"
-    usual = "give the shift (roles.student.shift, --shift) if that is not meant"
     if not file.is_file():
-        warnings.warn(f"{folder} has no scheduler/, and the sigma grid is Z-Image-Turbo's: {usual}", stacklevel=3)
-        return {}
+        return {"doubt": f"{folder} has no scheduler/, and the sigma grid is Z-Image-Turbo's"}
     config = _read_json(file)
     other = [name for name in UNKNOWN if config.get(name)]
+    found: dict[str, Any] = {} if "use_dynamic_shifting" in other else {"shift": float(config.get("shift", 1.0))}
     if other:
-        shift = "Z-Image-Turbo's shift" if other[0] == UNKNOWN[0] else f"shift {config.get('shift', 1.0)} alone"
-        warnings.warn(
-            f"{file} has {', '.join(other)}, and the sigma grid here is that of {shift}: {usual}", stacklevel=3
-        )
-    return {} if config.get("use_dynamic_shifting") else {"shift": float(config.get("shift", 1.0))}
+        instead = f"shift {found['shift']:g} alone" if found else "Z-Image-Turbo's shift"
+        found["doubt"] = f"{file} has {', '.join(other)}, and the sigma grid is that of {instead}"
+    return found
 
 
 def family_of(path: str | Path, config: dict[str, Any]) -> tuple[Any, type[Backbone]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,44 @@ def folder_or_hub_id(place: str | Path, who: str) -> Path | str:
     if folder.is_dir():
         return folder
     name = str(place)
-    if folder.exists() or isinstance(place, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         found = "is a file" if folder.exists() else "does not exist"
         raise ValueError(f"{who}: {place} {found}; expected a diffusers folder, or a hub id of the form owner/name")
     return name
 
 
-def fetched(place: str | Path, who: str, *patterns: str, revision: str | None = None) -> Path:
+def inside(subfolder: str | None, name: str) -> str:
+    return f"{subfolder}/{name}" if subfolder else name
+
+
+def fetched(
+    place: str | Path, who: str, needed: Sequence[str], also: Sequence[str] = (), revision: str | None = None
+) -> Path:
     """A folder that is there; of a hub repository, its place in the cache, where the files of these patterns are now.
 
     Everything is read from there: off-line as well, and all of it of one commit.
+
+    Args:
+        needed: OSError where nothing is of one of these patterns.
+        also: taken where it is there.
     """
     found = folder_or_hub_id(place, who)
     if isinstance(found, Path):
         return found
     from huggingface_hub import snapshot_download
 
+    why = "the repository, or what the cache holds of it, has none"
     try:
-        return Path(snapshot_download(found, revision=revision, allow_patterns=list(patterns)))
+        folder = Path(snapshot_download(found, revision=revision, allow_patterns=[*needed, *also]))
+        absent = [pattern for pattern in needed if not any(folder.glob(pattern))]  # off-line nobody has looked
     except OSError as error:
+        absent, why = list(needed), str(error)
+    if absent:
         raise OSError(
-            f"{who}: there is no folder {place} here, and {', '.join(patterns)} of a repository of this name could not "
-            f"be had from the hub or its cache: {error}"
-        ) from error
+            f"{who}: there is no folder {place} here, and of the hub's {place} there is no {', '.join(absent)}: {why}. "
+            f"With a connection:  hf download {place}"
+        )
+    return folder
 
 
 def check_loaded(report: Mapping[str, Any], who: str, where: str) -> None:

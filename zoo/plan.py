@@ -35,7 +35,7 @@ from .discriminator import Discriminator
 from .fake_score import FakeScore
 from .fuse import fuse
 from .loading import BESIDE, FAMILIES, config_of, family_of, shift_of
-from .place import fetched
+from .place import fetched, inside
 from .student import TwoStepStudent
 from .teacher import Teacher
 from .z_image.backbone import ZImageBackbone
@@ -111,7 +111,7 @@ class Plan:
         return max(self.peaks.values())
 
 
-def make_backbone(config: Mapping[str, Any], dtype: torch.dtype, *, fused: bool = True, **keywords: float) -> Backbone:
+def make_backbone(config: Mapping[str, Any], dtype: torch.dtype, *, fused: bool = True, **keywords: Any) -> Backbone:
     """A backbone of this configuration, its weights as they come; under FakeTensorMode without any."""
     stock, kind = FAMILIES[config["_class_name"]]
     known = {name: value for name, value in config.items() if not name.startswith("_")}
@@ -128,7 +128,7 @@ def backbone_like(
 ) -> Backbone:
     """What `load_backbone` gives, from configurations alone: for FakeTensorMode, which has one device as good as
     another."""
-    folder = fetched(path, "load_backbone", f"{subfolder}/config.json", *BESIDE)
+    folder = fetched(path, "load_backbone", [inside(subfolder, "config.json")], BESIDE)
     config = config_of(folder, subfolder)
     _, kind = family_of(path, config)
     return make_backbone(config, dtype, fused=fused, **(shift_of(folder, subfolder) if kind is ZImageBackbone else {}))

@@ -258,5 +258,5 @@ def merge(folder: Path, names: list[str], header: dict[str, str], kind: Kind) ->
     index = collect(paths, header, kind) if all(path.exists() for path in paths) else None
     if index is not None:
         text = json.dumps(index)
-        with replaced(folder / INDEX) as new:
+        with replaced(folder / INDEX, alone=False) as new:  # any rank may be the last
             new.write_text(text, encoding="utf-8")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +77,21 @@ def test_a_role_of_another_family_is_named(model: Path, tmp_path: Path) -> None:
     source = f"roles.real_score={{source: {tmp_path}, subfolder: transformer}}"
     with pytest.raises(ValueError, match=r"roles\.real_score\.source is a flux2 for latents of 16 channels"):
         roles(model, source)
+
+
+def test_a_student_that_is_tuned_keeps_its_sigmas(model: Path, tmp_path: Path) -> None:
+    """What another run has left knows its grid; no scheduler stands beside it."""
+    shutil.copytree(model / "transformer", tmp_path / "transformer")
+    facts = {"format": "twostep.student", "version": 1, "sigmas": [1.0, 0.6, 0.0], "steps": ["transformer"] * 2}
+    facts["pipeline"] = str(model)
+    (tmp_path / "student.json").write_text(json.dumps(facts))
+    recipe = read_recipe("miniature-d-opsd", [f"model={model}", f"roles.student.source={tmp_path}"])
+    for steps, grid in ((2, (1.0, 0.6, 0.0)), (4, (1.0, 0.9, 0.75, 0.5, 0.0))):
+        role = replace(recipe.roles.student, steps=steps)
+        asked = replace(recipe, roles=replace(recipe.roles, student=role))
+        with nullcontext() if steps == 2 else pytest.warns(UserWarning, match="has no scheduler/"):
+            found = Casting(asked, str(model), torch.device("cpu")).sigmas((16, 16))
+        assert found == pytest.approx(grid)
 
 
 class TwoRanks:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from twostep.train.journal import Journal, NullJournal, read_events, read_metrics
+from twostep.train.journal import ANEW, Journal, NullJournal, read_events, read_metrics
 from twostep.train.journal.display import EVERY, Display, main_values
 from twostep.train.journal.line_file import LineFile, read_lines
 from twostep.train.journal.sinks import Wandb
@@ -156,6 +156,19 @@ def test_a_new_run_leaves_another_runs_numbers_alone(tmp_path: Path) -> None:
     assert content(tmp_path) == before
     plain(tmp_path, resumed_at=0).close()
     assert read_metrics(tmp_path) == []
+
+
+def test_what_stands_at_iteration_0_stays_unless_the_run_begins_anew(tmp_path: Path) -> None:
+    """The sheet of the student as it begins: a run that was stopped inside its first iteration draws no other."""
+    journal = plain(tmp_path)
+    journal.numbers(0, {"loss": 1.0})
+    journal.picture(0, "samples", picture(5))
+    journal.close()
+    plain(tmp_path, resumed_at=0).close()
+    assert [row["iteration"] for row in read_metrics(tmp_path)] == [0]
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["samples-00000000.png"]
+    plain(tmp_path, resumed_at=ANEW).close()
+    assert read_metrics(tmp_path) == [] and not list((tmp_path / "samples").iterdir())
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

@@ -136,6 +136,47 @@ def test_a_signal_counts_wherever_it_comes(server: Server, place: tiny_runs.Plac
     assert latest is not None and latest.step in (2, 3)
 
 
+def fresh(recipe: dict[str, Any]) -> int:
+    return run_server.train(recipe, "--fresh")
+
+
+def raising(recipe: dict[str, Any]) -> int:
+    """A first update that fails before anything is saved."""
+
+    def wrapped(self: Any, *arguments: Any) -> Any:
+        raise ValueError("a fault in the first update")
+
+    Updater.run = wrapped  # type: ignore[method-assign]
+    return run_server.train(recipe)
+
+
+def test_the_first_sheet_stays_where_a_run_stops_inside_its_first_iteration(
+    server: Server, place: tiny_runs.Place, tmp_path: Path
+) -> None:
+    recipe = tiny_runs.recipe(place, "turbo_pp", "lora", tmp_path, iterations=1)
+    recipe["watch"] |= {"samples_every": 1, "samples": 2}
+    first = tmp_path / "samples" / "samples-00000000.png"
+    statuses, printed = server.run({**recipe, "fault": ["run", 1]}, call="tests.train.test_resume:stopped_at")
+    assert statuses == [0] and Store(tmp_path / "checkpoints").latest().step == 0, printed  # type: ignore[union-attr]
+    drawn = first.read_bytes()
+    assert server.run(recipe)[0] == [0]
+    assert first.read_bytes() == drawn and len(list(first.parent.iterdir())) == 2
+    assert [row["iteration"] for row in read_metrics(tmp_path)].count(0) == 1
+
+
+def test_a_run_that_failed_before_it_learnt_anything_begins_anew(
+    server: Server, place: tiny_runs.Place, tmp_path: Path
+) -> None:
+    recipe = tiny_runs.recipe(place, "flow_matching", "lora", tmp_path, iterations=1)
+    recipe["watch"] |= {"samples_every": 1, "samples": 2}
+    for _ in range(2):
+        assert server.run(recipe, call="tests.train.test_resume:raising")[0] == [2]
+        assert [row["iteration"] for row in read_metrics(tmp_path)] == [0]
+    statuses, printed = server.run(recipe, call="tests.train.test_resume:fresh")
+    assert statuses == [0], printed
+    assert {row["iteration"] for row in read_metrics(tmp_path)} == {0, 1}
+
+
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(
     server: Server, place: tiny_runs.Place, tmp_path: Path
 ) -> None:

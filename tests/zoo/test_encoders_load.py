@@ -74,7 +74,9 @@ def test_takes_nothing_from_the_hub_but_the_text_encoder(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert load_text_encoder("owner/name").family == "z-image"
-    assert asked == [("owner/name", ["model_index.json", "text_encoder/*", "tokenizer/*"])]
+    assert asked == [
+        ("owner/name", ["model_index.json", "text_encoder/*.safetensors", "tokenizer/*", "text_encoder/*.json"])
+    ]
 
 
 def reference(**changes) -> ZImageTextEncoder:

@@ -248,17 +248,31 @@ def test_a_hub_model_in_shards_loads_off_line(hub: Path) -> None:
     assert load_backbone("owner/name").default_shift(16, 16, 8) == 6.0
 
 
-def test_what_the_cache_does_not_hold_is_told_off_line(hub: Path) -> None:
+def test_a_repository_that_is_a_transformer_alone(hub: Path) -> None:
+    for file in (hub / "transformer").iterdir():
+        shutil.move(file, hub)
+    shutil.rmtree(hub / "scheduler")
+    assert load_backbone("owner/name", subfolder="").default_shift(16, 16, 8) == 3.0
+
+
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors"])
+def test_what_the_cache_does_not_hold_is_told_off_line(hub: Path, name: str) -> None:
     with pytest.raises(
-        OSError, match=r"there is no folder owner/other here, and transformer/\*, .* the hub or its cache"
+        OSError, match=r"there is no folder owner/other here, .* With a connection: {2}hf download owner"
     ):
         load_backbone("owner/other")
+    (hub / "transformer" / name).unlink()  # as a dry run leaves it
+    absent = rf"of the hub's owner/name there is no transformer/.*{name[-5:]}: .* the cache holds"
+    with pytest.raises(OSError, match=absent):
+        load_backbone("owner/name")
 
 
 def test_a_pipeline_without_a_scheduler_has_turbos_grid_and_says_so(hub: Path) -> None:
+    """To whom the grid matters: a network that is loaded for its features has none."""
     shutil.rmtree(hub / "scheduler")
+    backbone = load_backbone("owner/name")
     with pytest.warns(UserWarning, match="has no scheduler/, and the sigma grid is Z-Image-Turbo's: give the shift"):
-        assert load_backbone("owner/name").default_shift(16, 16, 8) == 3.0
+        assert backbone.default_shift(16, 16, 8) == 3.0
 
 
 @pytest.mark.parametrize(
@@ -267,5 +281,6 @@ def test_a_pipeline_without_a_scheduler_has_turbos_grid_and_says_so(hub: Path) -
 )
 def test_a_schedulers_settings_that_are_not_followed_are_named(hub: Path, setting: dict, shift: float) -> None:
     FlowMatchEulerDiscreteScheduler(shift=6.0, **setting).save_pretrained(hub / "scheduler")
-    with pytest.warns(UserWarning, match=f"has {next(iter(setting))}, and the sigma grid here is that of"):
-        assert load_backbone("owner/name").default_shift(16, 16, 8) == shift
+    backbone = load_backbone("owner/name")
+    with pytest.warns(UserWarning, match=f"has {next(iter(setting))}, and the sigma grid is that of"):
+        assert backbone.default_shift(16, 16, 8) == shift

@@ -201,7 +201,7 @@ def _latents(model: str, subfolder: str, size: tuple[int, int] | None) -> Latent
 
     try:
         vae = LatentSpace.of(autoencoder_config(model))
-        transformer = config_of(fetched(model, "twostep cache", f"{subfolder}/config.json"), subfolder)
+        transformer = config_of(fetched(model, "twostep cache", [f"{subfolder}/config.json"]), subfolder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{model} is no diffusers pipeline with vae/ and {subfolder}/: {error}") from None
     height, width = (vae.sample_size, vae.sample_size) if size is None else size

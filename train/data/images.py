@@ -75,7 +75,7 @@ class ImageFolder:
     def __init__(
         self, folder: str | Path, *, area: int = 1024 * 1024, factor: int = 16, max_aspect: float = 2.0
     ) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder, self.area, self.factor = Path(folder).expanduser(), area, factor
         sizes = bucket_sizes(area, factor, max_aspect)
         self.entries, problems = _entries(self.folder)
         places: dict[int, list[int]] = {}

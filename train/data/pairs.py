@@ -6,9 +6,9 @@
 
 Prompt `index` starts from noise of the seed and the index alone, so a sample does not depend on who made it or in what
 batch, up to the rounding of the network's own kernels at that batch size. The noise is not stored: `cache.noise` draws
-it again. An anchor is the teacher's state z_K on the way, at one sigma of its grid, in the same dtype as the samples.
-DP-DMD wants it: its target is the average velocity (noise - z_K) / (1 - sigma_K). Shards are written, resumed and
-checked like those of contexts (zoo/shards.py).
+it again. An anchor is the teacher's state z_K on the way, at any sigma (between two of its grid it lies on the line
+that the step is), in float32. DP-DMD wants it: its target is the average velocity (noise - z_K) / (1 - sigma_K). Shards
+are written, resumed and checked like those of contexts (zoo/shards.py).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from twostep.zoo.shards import (
 from twostep.zoo.teacher import EVERYWHERE
 
 from ...disk import check_space
-from ...durable import clear_leftovers, replaced
+from ...durable import replaced
 from ...progress import progress_bar
 from .noise import sample_noise
 from .order import check_ranks
@@ -358,7 +358,6 @@ def _write_shard(
     report: Callable[[int], None],
 ) -> None:
     name, part = plan.names[shard], plan.part(shard)
-    clear_leftovers(folder / name)  # of a run that was killed
     latents: list[Tensor] = []
     anchors: list[Tensor] = []
     before = torch.empty(0)
@@ -366,8 +365,8 @@ def _write_shard(
     def on_step(step: int, x: Tensor) -> None:
         nonlocal before
         if plan.anchor is not None and step == plan.anchor[0]:
-            part = plan.anchor[1]
-            anchors.append((x if part == 1 else torch.lerp(before, x, part)).to("cpu", torch.float32))
+            way = plan.anchor[1]
+            anchors.append((x if way == 1 else torch.lerp(before, x, way)).to("cpu", torch.float32))
         before = x
 
     device = teacher.backbone.device

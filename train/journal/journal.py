@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...durable import replaced
+from ...durable import is_leftover, replaced
 from ...images import pil_image
 from .display import Display
 from .line_file import NOT_FINITE, LineFile, Record, read_lines
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 RESERVED = ("iteration", "seconds", "time")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+ANEW = -1  # before the sheet of iteration 0
 _PICTURE = re.compile(r".+-(\d{8,})\.png")
 
 
@@ -57,9 +58,9 @@ def read_events(folder: Path) -> list[Record]:
 class Journal:
     """The journal in `folder`, of which there is one writer: rank 0.
 
-    `resumed_at` is the iteration that the run goes on from; None: a new run, whose folder holds no numbers yet; 0: from
-    the beginning, dropping what is there. Whatever was written until an event is on the disk, with it, after the event:
-    an event per checkpoint makes the journal as durable as the checkpoints.
+    `resumed_at` is the iteration that the run goes on from; None: a new run, whose folder holds no numbers yet;
+    ANEW: from the beginning, dropping what is there. Whatever was written until an event is on the disk, with it,
+    after the event: an event per checkpoint makes the journal as durable as the checkpoints.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Journal:
         dropped = {} if resumed_at is None else self._drop_behind(resumed_at)
         self._before = max((line["seconds"] for line in read_lines(self._metrics.path)), default=0.0)
         self._start = time.monotonic()
-        at = resumed_at or 0
+        at = max(resumed_at or 0, 0)
         self._display = Display(total, at, shown=progress)
         try:
             self._note_dropped(at, dropped)
@@ -168,23 +169,22 @@ class Journal:
             try:
                 self._sinks.append(TensorBoard(self.folder / "tensorboard", resumed_at, settings))
             except ImportError as error:
-                self.event(resumed_at or 0, f"no TensorBoard ({error}): `pip install tensorboard` for its charts")
+                self.event(
+                    max(resumed_at or 0, 0), f"no TensorBoard ({error}): `pip install tensorboard` for its charts"
+                )
         if wandb is not None:
             self._sinks.append(Wandb(wandb, self.folder, resumed_at, settings))
 
     def _drop_behind(self, iteration: int) -> dict[str, int]:
         def undone(line: Record) -> Record:
-            return line if line["iteration"] <= iteration or "undone" in line else {**line, "undone": True}
+            return line if line["iteration"] <= max(iteration, 0) or "undone" in line else {**line, "undone": True}
 
-        def kept(at: int) -> bool:
-            return 0 < iteration >= at  # a run that begins once more begins with a sheet of its own
-
-        lines = self._metrics.revise(lambda line: line if kept(line["iteration"]) else None)
+        lines = self._metrics.revise(lambda line: line if line["iteration"] <= iteration else None)
         self._events.revise(undone)
         pictures = 0
         for path in list(self._samples.iterdir()):
             found = _PICTURE.fullmatch(path.name)
-            if path.name.startswith(".") or (found and not kept(int(found[1]))):
+            if is_leftover(path) or (found and int(found[1]) > iteration):
                 path.unlink()
                 pictures += 1
         return {"lines": lines, "pictures": pictures}

@@ -43,7 +43,7 @@ class TensorBoard:
         self._writer = self._open(resumed_at)
         if settings is not None:
             text = json.dumps(settings, indent=2, ensure_ascii=False, default=str).replace("\n", "\n    ")
-            self._writer.add_text("settings", f"    {text}", resumed_at or 0)  # four spaces: code, in Markdown
+            self._writer.add_text("settings", f"    {text}", max(resumed_at or 0, 0))  # four spaces: code, in Markdown
 
     def _open(self, resumed_at: int | None) -> Any:
         # purge_step hides its own step too, and the iteration that is gone back to stays.

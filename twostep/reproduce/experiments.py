@@ -133,7 +133,8 @@ def _beside(name: str, *settings: str, paper: Sequence[float] = ()) -> Arm:
 def _dp(name: str, *settings: str, anchor: float | None = None, paper: Sequence[float] = ()) -> Arm:
     data, grid = DATA, []
     if anchor is not None:
-        data, grid = data.replace("CACHE", f"CACHE-{anchor}"), [f"roles.student.sigmas=[1, {anchor}, 0]"]
+        data = data.replace("CACHE", f"CACHE-{anchor}")
+        grid = [f"roles.student.sigmas=[1, {anchor}, 0]", "roles.student.shift=null"]
     return Arm(name, "miniature-dp-dmd", (data, *_HARD, *_DP, *grid, *settings), paper=tuple(paper))
 
 

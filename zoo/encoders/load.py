@@ -47,8 +47,8 @@ def load_text_encoder(
     """
     import transformers
 
-    parts = ("model_index.json", "text_encoder/*", "tokenizer/*")
-    folder = fetched(folder_or_hub_id, "load_text_encoder", *parts)
+    needed = ("model_index.json", "text_encoder/*.safetensors", "tokenizer/*")
+    folder = fetched(folder_or_hub_id, "load_text_encoder", needed, ["text_encoder/*.json"])
     index = _pipeline_index(folder)
     pipeline = index["_class_name"]
     if isinstance(pipeline, list):  # a file in the folder, and a class in it: an exported student's

@@ -283,7 +283,6 @@ def _pictures(images: Tensor | Sequence[Any], count: int) -> list[Any]:
 
 
 def _picture(image: Any) -> Any:
-
     from ...images import pil_image
 
     if not isinstance(image, Tensor):

@@ -8,6 +8,7 @@ modulation of their own; without references there is one segment.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -20,10 +21,10 @@ from . import omni, packing
 class ZImageBackbone(Backbone):
     family = "z-image"
 
-    def __init__(self, model: nn.Module, shift: float = 3.0) -> None:
-        """shift is the scheduler's; 3 is Z-Image-Turbo's."""
+    def __init__(self, model: nn.Module, shift: float = 3.0, doubt: str | None = None) -> None:
+        """shift is the scheduler's; 3 is Z-Image-Turbo's. doubt: why the pipeline's grid is another."""
         super().__init__(model)
-        self.shift = shift
+        self.shift, self.doubt = shift, doubt
         self.patch_size, self.frame_patch = self.model.all_patch_size[0], self.model.all_f_patch_size[0]
         if self.frame_patch != 1:
             raise ValueError(
@@ -47,6 +48,8 @@ class ZImageBackbone(Backbone):
         return list(self.model.layers)
 
     def default_shift(self, height: int, width: int, steps: int) -> float:
+        if self.doubt is not None:
+            warnings.warn(f"{self.doubt}: give the shift or the sigmas if that is not meant", stacklevel=2)
         return self.shift
 
     def _predict(self, x: Tensor, sigma: Tensor, context: Context, taps: Sequence[int] | None) -> Tensor | list[Tensor]:
