@@ -55,12 +55,12 @@ def test_it_distils_compares_and_goes_on(
 
 def test_mistakes_are_told_before_anything_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    for words, message in (
-        (["--images", "4"], "--images is 4, expected at least 8"),
-        (["iterations=x"], "iterations"),
-        (["--out", str(tmp_path / "file")], "File exists"),
+    for words, message, status in (
+        (["--images", "4"], "--images is 4, expected at least 8", 2),
+        (["iterations=x"], "iterations", 2),
+        (["--out", str(tmp_path / "file")], "File exists", 1),
     ):
-        assert main(["demo", "--out", str(tmp_path / "out"), *words]) == 2
+        assert main(["demo", "--out", str(tmp_path / "out"), *words]) == status
         said = capsys.readouterr()
         assert message in said.err and not (tmp_path / "out").exists() and "1 of 3" not in said.out + said.err
 

@@ -124,7 +124,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     small = ["--height", "64", "--width", "64", "--caption", "16", "--rank", "4"]
     assert main(["plan", str(tmp_path), *small]) == 0
     table = capsys.readouterr().out
-    assert "peak of a generator update: GiB" in table and "one base" in table and "networks" in table
+    assert "peak of a generator update: MiB" in table and "one base" in table and "networks" in table
     assert main(["plan", str(tmp_path), *small, "--arrangement", "one base", "--json"]) == 0
     (facts,) = json.loads(capsys.readouterr().out)
     parameters = sum(p.numel() for p in stock_model(case).parameters())
