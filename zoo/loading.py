@@ -80,10 +80,10 @@ def load_backbone(
 def config_of(folder: Path, subfolder: str | None) -> dict[str, Any]:
     file = Path(folder, subfolder or "", "config.json")
     if not file.is_file():
-        inside = sorted(entry.name for entry in folder.iterdir())[:8]
+        there = sorted(entry.name for entry in folder.iterdir())[:8]
         raise ValueError(
             f"load_backbone: {file} is missing, so {folder} is no diffusers model; it holds "
-            f"{', '.join(inside) or 'nothing'}"
+            f"{', '.join(there) or 'nothing'}"
         )
     return _read_json(file)
 

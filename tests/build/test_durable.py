@@ -9,14 +9,19 @@ import pytest
 from twostep.durable import clear_leftovers, is_leftover, replaced
 
 
+def fail_halfway(path: Path) -> None:
+    with replaced(path) as new:
+        new.write_text("two")
+        raise RuntimeError
+
+
 def test_a_file_is_replaced_at_the_end_or_stays(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     with replaced(path) as new:
         new.write_text("one")
         assert not path.exists() and is_leftover(new)
-    with pytest.raises(RuntimeError), replaced(path) as new:  # noqa: PT012 - it is the block that fails
-        new.write_text("two")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail_halfway(path)
     assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
 
 
