@@ -28,20 +28,15 @@ TWOSTEP_INLINE Acc<X> piece_sum(const X* x, const P* real, int64_t n) {
   Sums<A> sums;
   sum_vectors<A>(
       n,
-      [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
-        prefetch_ahead(x + d);
-        prefetch_ahead(real + d);
-        sums.slots[slot] += magnitude(load(x + d, lanes) - load(real + d, lanes));
-      },
+      [&](int64_t d, auto lanes, auto slot)
+          TWOSTEP_LAMBDA { sums.slots[slot] += magnitude(load(x + d, lanes) - load(real + d, lanes)); },
       sums);
   return sums.total();
 }
 
 template <class P>
-TWOSTEP_INLINE void direction_piece(const P* real, const P* fake, Acc<P> scale, int64_t n, Acc<P>* direction) {
+TWOSTEP_INLINE void direction_piece(const P* real, const P* fake, Acc<P> scale, int64_t n, To<Acc<P>> direction) {
   for_vectors<Acc<P>>(n, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
-    prefetch_ahead(real + d);
-    prefetch_ahead(fake + d);
     store(direction + d, (load(fake + d, lanes) - load(real + d, lanes)) * scale, lanes);
   });
 }
@@ -90,14 +85,11 @@ class Direction {
   }
 
   void directions(int64_t first, int64_t last) const {
-    const int64_t most = smaller(pieces_.piece, pieces_.size);
-    Scratch scratch(1, most, sizeof(A));
-    const Output<A> output(a_.batch * a_.size, most, scratch);
+    const Output<A> output(a_.batch * a_.size, pieces_.piece);
     for_pieces(pieces_, first, last, [&](int64_t b, int64_t i, int64_t n) {
       A* to = static_cast<A*>(a_.direction) + b * a_.size + i;
       direction_piece(sample_of<P>(a_.real, b) + i, sample_of<P>(a_.fake, b) + i, static_cast<const A*>(a_.scales)[b],
                       n, output.row(to));
-      output.done(to, n);
     });
   }
 

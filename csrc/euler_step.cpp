@@ -1,6 +1,6 @@
 // euler_step on the CPU: y = x + delta * v. The maths stands in euler_step.h.
 //
-// One pass over memory either way, in pieces that stay in the first-level cache; large outputs are streamed.
+// One pass over memory either way, in pieces; large outputs go past the caches.
 #include "euler_step.h"
 
 #include "cpu/samples.h"
@@ -15,49 +15,38 @@ TWOSTEP_INLINE A delta_of(double delta, const void* deltas, int64_t b) {
 }
 
 template <class X, class V>
-TWOSTEP_INLINE void forward_piece(const X* x, const V* v, Acc<X> delta, int64_t n, X* y) {
-  for_vectors<Acc<X>>(n, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
-    prefetch_ahead(x + d);
-    prefetch_ahead(v + d);
-    store(y + d, load(x + d, lanes) + delta * load(v + d, lanes), lanes);
-  });
+TWOSTEP_INLINE void forward_piece(const X* x, const V* v, Acc<X> delta, int64_t n, To<X> y) {
+  for_vectors<Acc<X>>(n, [&](int64_t d, auto lanes)
+                             TWOSTEP_LAMBDA { store(y + d, load(x + d, lanes) + delta * load(v + d, lanes), lanes); });
 }
 
 template <class X, class V>
 void forward(const EulerStepForward& a) {
   const Pieces pieces = Joining(a.batch, a.size, !a.deltas).samples(a.x).samples(a.v).pieces(kElementsAtOnce);
   parallel(pieces.count(), smaller(pieces.piece, pieces.size), [=, &a](int64_t first, int64_t last) {
-    const int64_t most = smaller(pieces.piece, pieces.size);
-    Scratch scratch(1, most, sizeof(X));
-    const Output<X> output(a.batch * a.size, most, scratch);
+    const Output<X> output(a.batch * a.size, pieces.piece);
     for_pieces(pieces, first, last, [&](int64_t b, int64_t i, int64_t n) {
       X* y = static_cast<X*>(a.y) + b * a.size + i;
       forward_piece(sample_of<X>(a.x, b) + i, sample_of<V>(a.v, b) + i, delta_of<Acc<X>>(a.delta, a.deltas, b), n,
                     output.row(y));
-      output.done(y, n);
     });
   });
 }
 
 template <class X, class V>
-TWOSTEP_INLINE void backward_piece(const X* dy, Acc<X> delta, int64_t n, V* dv) {
-  for_vectors<Acc<X>>(n, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
-    prefetch_ahead(dy + d);
-    store(dv + d, delta * load(dy + d, lanes), lanes);
-  });
+TWOSTEP_INLINE void backward_piece(const X* dy, Acc<X> delta, int64_t n, To<V> dv) {
+  for_vectors<Acc<X>>(n,
+                      [&](int64_t d, auto lanes) TWOSTEP_LAMBDA { store(dv + d, delta * load(dy + d, lanes), lanes); });
 }
 
 template <class X, class V>
 void backward(const EulerStepBackward& a) {
   const Pieces pieces = Joining(a.batch, a.size, !a.deltas).samples(a.dy).pieces(kElementsAtOnce);
   parallel(pieces.count(), smaller(pieces.piece, pieces.size), [=, &a](int64_t first, int64_t last) {
-    const int64_t most = smaller(pieces.piece, pieces.size);
-    Scratch scratch(1, most, sizeof(V));
-    const Output<V> output(a.batch * a.size, most, scratch);
+    const Output<V> output(a.batch * a.size, pieces.piece);
     for_pieces(pieces, first, last, [&](int64_t b, int64_t i, int64_t n) {
       V* dv = static_cast<V*>(a.dv) + b * a.size + i;
       backward_piece(sample_of<X>(a.dy, b) + i, delta_of<Acc<X>>(a.delta, a.deltas, b), n, output.row(dv));
-      output.done(dv, n);
     });
   });
 }

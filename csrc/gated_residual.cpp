@@ -14,7 +14,7 @@ constexpr int kGroup = 2;  // rows of a backward that share one pass over the ac
 
 template <class T>
 TWOSTEP_INLINE void forward_row(const T* x, const T* z, const T* next_x, const T* next_z, const Acc<T>* m, Acc<T> rstd,
-                                int64_t width, T* out) {
+                                int64_t width, To<T> out) {
   using A = Acc<T>;
   for_vectors<A>(width, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
     prefetch(next_x + d);
@@ -30,10 +30,10 @@ void forward(const GatedResidualForward& a) {
   const bool per_token = a.gate.data && a.gate.token_stride != 0;
   const Runs runs = short_runs(a.batch, a.length, width);
   parallel(runs.count(), runs.rows * width, [=, &a](int64_t first, int64_t last) {
-    Scratch scratch(3, width, sizeof(A));
+    Scratch scratch(2, width, sizeof(A));
     A* weight = scratch.row<A>(width);
     A* m = scratch.row<A>(width);
-    const Output<T> output(a.batch * a.length * width, width, scratch);
+    const Output<T> output(a.batch * a.length * width, width);
     load_weight(a.param_dtype, a.weight, 0, width, weight);
     const auto modulate = [&](int64_t b, int64_t l) {
       load_modulation(modulation_of(a.gate_act), a.param_dtype, a.gate.data, offset_of(a.gate, b, l), width, m);
@@ -50,10 +50,7 @@ void forward(const GatedResidualForward& a) {
         const T *z = row_of<T>(a.z, run.batch, l), *next_z = row_of<T>(a.z, run.batch, next);
         const A rstd = a.norm == Norm::rms ? moments<Norm::rms>(z, width, a.eps).rstd : A{1};
         const int64_t row = run.batch * a.length + l;
-        T* destination = static_cast<T*>(a.out) + row * width;
-        T* out = output.row(destination);
-        forward_row(x, z, next_x, next_z, m, rstd, width, out);
-        output.done(destination, width);
+        forward_row(x, z, next_x, next_z, m, rstd, width, output.row(static_cast<T*>(a.out) + row * width));
         if (a.norm == Norm::rms) static_cast<A*>(a.rstd)[row] = rstd;
       }
     }
@@ -69,7 +66,7 @@ struct BackwardRow {
   // Where the gate is per token: act(gate), act'(gate) * weight, and dgate.
   const Acc<T>*act, *dact;
   Acc<T>* dgate;
-  T* dz;
+  To<T> dz;
 };
 
 template <class T>
@@ -116,9 +113,9 @@ class Backward {
   explicit Backward(const GatedResidualBackward& a)
       : a_(a),
         width_(a.width),
-        scratch_(1 + 5 * kGroup, a.width, sizeof(A)),
+        scratch_(1 + 4 * kGroup, a.width, sizeof(A)),
         weight_(scratch_.row<A>(width_)),
-        dz_(a.batch * a.length * width_, width_, scratch_, kGroup) {
+        dz_(a.batch * a.length * width_, width_) {
     for (int r = 0; r < kGroup; ++r) {
       act_[r] = scratch_.row<A>(width_);
       dact_[r] = scratch_.row<A>(width_);
@@ -168,13 +165,12 @@ class Backward {
                   act_[p],
                   dact_[p],
                   dgate_[r],
-                  dz_.row(dz + r * width_, r)};
+                  dz_.row(dz + r * width_)};
       if (norm) backward_sum(group[r], width_);
     }
     norm ? backward_rows<true, kPerToken, kSums>(group, sum_gz, width_)
          : backward_rows<false, kPerToken, kSums>(group, sum_gz, width_);
     for (int r = 0; r < kRows; ++r) {
-      dz_.done(dz + r * width_, width_, r);
       if (kPerToken && a_.dgate) store_params(a_.param_dtype, a_.dgate, (first + r) * width_, width_, dgate_[r]);
     }
   }

@@ -25,9 +25,9 @@ class Forward {
       : a_(a),
         width_(a.width),
         per_token_(varies(a.gate) || varies(a.scale) || varies(a.shift)),
-        scratch_(8, a.width, sizeof(A)),
-        out_(a.batch * a.length * width_, width_, scratch_),
-        h_(a.batch * a.length * width_, width_, scratch_) {
+        scratch_(6, a.width, sizeof(A)),
+        out_(a.batch * a.length * width_, width_),
+        h_(a.batch * a.length * width_, width_) {
     A** const rows[] = {&post_weight_, &pre_weight_, &post_m_, &m_, &shift_, &sum_};
     for (A** row : rows) *row = scratch_.row<A>(width_);
     load_weight(a.param_dtype, a.post_weight, 0, width_, post_weight_);
@@ -62,9 +62,8 @@ class Forward {
     const T *z = row_of<T>(a_.z, b, l), *next_z = row_of<T>(a_.z, b, next);
     const A *post_m = post_m_, *m = m_, *shift = shift_;
     A* sum = sum_;
-    T* out_destination = static_cast<T*>(a_.out) + row * width;
-    T* h_destination = static_cast<T*>(a_.h) + row * width;
-    T *out = out_.row(out_destination), *h = h_.row(h_destination);
+    const To<T> out = out_.row(static_cast<T*>(a_.out) + row * width);
+    const To<T> h = h_.row(static_cast<T*>(a_.h) + row * width);
 
     const bool post_norm = a_.post_norm == Norm::rms;
     const A post_rstd = post_norm ? moments<Norm::rms>(z, width, a_.eps).rstd : A{1};
@@ -75,12 +74,11 @@ class Forward {
           prefetch(next_z + d);
           const Vec<A> v = load(x + d, lanes) + load(z + d, lanes) * post_rstd * load(post_m + d, lanes);
           store(out + d, v, lanes);
-          const Vec<A> stored = load(out + d, lanes);
+          const Vec<A> stored = rounded<T>(v);
           store(sum + d, stored, lanes);
           total.slots[slot] += kNorm == Norm::layer ? stored : stored * stored;
         },
         total);
-    out_.done(out_destination, width);
     const A first = total.total() / static_cast<A>(width);
     const A mean = kNorm == Norm::layer ? corrected_mean(sum, first, width) : A{0};
     const A variance = kNorm == Norm::layer ? sum_squares(sum, mean, width) / static_cast<A>(width) : first;
@@ -89,7 +87,6 @@ class Forward {
       prefetch(next_x + d);
       store(h + d, (load(sum + d, lanes) - mean) * rstd * load(m + d, lanes) + load(shift + d, lanes), lanes);
     });
-    h_.done(h_destination, width);
 
     if (post_norm) static_cast<A*>(a_.post_rstd)[row] = post_rstd;
     if (kNorm == Norm::layer) static_cast<A*>(a_.mean)[row] = mean;
@@ -121,7 +118,7 @@ struct BackwardRow {
   Acc<T> mean_go, mean_g, mean_uz;  // mean(g * ohat), mean(g), mean(u * zhat); 0 where there is no such term
   Modulated<Acc<T>> p;
   Acc<T>* t;  // scratch: dx before it is rounded
-  T *dx, *dz;
+  To<T> dx, dz;
 };
 
 template <class A>
@@ -215,9 +212,9 @@ class Backward {
   explicit Backward(const GatedResidualNormModulateBackward& a)
       : a_(a),
         width_(a.width),
-        scratch_(6 + 3 * kGroup + 7 * kModulated, a.width, sizeof(A)),
-        dx_(a.batch * a.length * width_, width_, scratch_, kGroup),
-        dz_(a.batch * a.length * width_, width_, scratch_, kGroup) {
+        scratch_(6 + kGroup + 7 * kModulated, a.width, sizeof(A)),
+        dx_(a.batch * a.length * width_, width_),
+        dz_(a.batch * a.length * width_, width_) {
     A** const rows[] = {&post_weight_, &pre_weight_, &spare_[0], &spare_[1], &spare_[2]};
     for (A** row : rows) *row = scratch_.row<A>(width_);
     for (A*& t : t_) t = scratch_.row<A>(width_);
@@ -295,15 +292,13 @@ class Backward {
                   A{0},
                   p,
                   t_[r],
-                  dx_.row(dx + r * width_, r),
-                  dz_.row(dz + r * width_, r)};
+                  dx_.row(dx + r * width_),
+                  dz_.row(dz + r * width_)};
       norm_sums(group[r], width_, layer);
     }
     residual_rows<kPerToken, kSums>(group, pre_weight_, sums, width_, post_norm);
     for (int r = 0; r < kRows; ++r) {
-      dx_.done(dx + r * width_, width_, r);
       branch_row(group[r], width_);
-      dz_.done(dz + r * width_, width_, r);
       const int64_t offset = (first + r) * width_;
       if (a_.scale_per_token && a_.dscale) store_params(a_.param_dtype, a_.dscale, offset, width_, group[r].p.dscale);
       if (a_.gate_per_token && a_.dgate) store_params(a_.param_dtype, a_.dgate, offset, width_, group[r].p.dgate);

@@ -16,7 +16,6 @@ TWOSTEP_INLINE Acc<T> piece_sum(const T* g, int64_t n) {
   sum_vectors<A>(
       n,
       [&](int64_t d, auto lanes, auto slot) TWOSTEP_LAMBDA {
-        prefetch_ahead(g + d);
         const Vec<A> v = load(g + d, lanes);
         sums.slots[slot] += v * v;
       },

@@ -16,7 +16,7 @@ constexpr int kGroup = 2;  // rows of a backward that share one pass over the ac
 
 template <class T, Norm kNorm>
 TWOSTEP_INLINE Moments<Acc<T>> forward_row(const T* x, const T* next_x, const Acc<T>* m, const Acc<T>* shift,
-                                           int64_t width, double eps, T* y) {
+                                           int64_t width, double eps, To<T> y) {
   using A = Acc<T>;
   const Moments<A> s = moments<kNorm>(x, width, eps);
   for_vectors<A>(width, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
@@ -34,11 +34,11 @@ void forward(const NormModulateForward& a) {
   const bool per_token = (a.scale.data && a.scale.token_stride != 0) || (a.shift.data && a.shift.token_stride != 0);
   const Runs runs = short_runs(a.batch, a.length, width);
   parallel(runs.count(), runs.rows * width, [=, &a](int64_t first, int64_t last) {
-    Scratch scratch(5, width, sizeof(A));
+    Scratch scratch(3, width, sizeof(A));
     A* weight = scratch.row<A>(width);
     A* m = scratch.row<A>(width);
     A* shift = scratch.row<A>(width);
-    const Output<T> out(a.batch * a.length * width, width, scratch);
+    const Output<T> out(a.batch * a.length * width, width);
     load_weight(a.param_dtype, a.weight, 0, width, weight);
     fill_row(shift, width, A{0});
     const auto modulate = [&](int64_t b, int64_t l) {
@@ -57,7 +57,6 @@ void forward(const NormModulateForward& a) {
         const Moments<A> s =
             forward_row<T, kNorm>(row_of<T>(a.x, run.batch, l), row_of<T>(a.x, run.batch, smaller(l + 1, a.length - 1)),
                                   m, shift, width, a.eps, out.row(y));
-        out.done(y, width);
         if (kNorm == Norm::layer) static_cast<A*>(a.mean)[row] = s.mean;
         static_cast<A*>(a.rstd)[row] = s.rstd;
       }
@@ -73,7 +72,7 @@ struct BackwardRow {
   const Acc<T>* m;           // weight * (1 + scale)
   const Acc<T>* modulation;  // 1 + scale, used where it is per token
   Acc<T>* dscale;            // where it is per token: dy * xhat * weight
-  T* dx;
+  To<T> dx;
 };
 
 template <class T>
@@ -129,10 +128,10 @@ class Backward {
   explicit Backward(const NormModulateBackward& a)
       : a_(a),
         width_(a.width),
-        scratch_(3 + 4 * kGroup, a.width, sizeof(A)),
+        scratch_(3 + 3 * kGroup, a.width, sizeof(A)),
         weight_(scratch_.row<A>(width_)),
         spare_{scratch_.row<A>(width_), scratch_.row<A>(width_)},
-        dx_(a.batch * a.length * width_, width_, scratch_, kGroup) {
+        dx_(a.batch * a.length * width_, width_) {
     for (int r = 0; r < kGroup; ++r) {
       modulation_[r] = scratch_.row<A>(width_);
       m_[r] = scratch_.row<A>(width_);
@@ -188,12 +187,11 @@ class Backward {
                   m_[m],
                   modulation_[m],
                   dscale_[r],
-                  dx_.row(dx + r * width_, r)};
+                  dx_.row(dx + r * width_)};
       backward_sums(group[r], width_, layer);
     }
     backward_rows<kPerToken, kSums>(group, weight_, sum_gx, sum_g, width_);
     for (int r = 0; r < kRows; ++r) {
-      dx_.done(dx + r * width_, width_, r);
       if (kPerToken && a_.dscale) {
         store_params(a_.param_dtype, a_.dscale, (first + r) * width_, width_, dscale_[r]);
       }

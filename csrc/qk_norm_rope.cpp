@@ -2,8 +2,8 @@
 // cpu/rotary.h has the rotation's vector form.
 //
 // Forward 4U, backward 6U, and the table. A token is the unit: its table row is spread once for all heads of q and of
-// k, each head is read from memory by its sums and again from the first-level cache, and a token's heads leave
-// together, as one dense row. The backward takes sum(x^2) and sum(g * x) in the same pass, keeping dn in a scratch row.
+// k, each head is read from memory by its sums and again from the first-level cache. The backward takes sum(x^2) and
+// sum(g * x) in the same pass, keeping dn in a scratch row.
 #include "qk_norm_rope.h"
 
 #include "cpu/param_grads.h"
@@ -20,7 +20,7 @@ TWOSTEP_INLINE Acc<T> head_rstd(const T* x, int64_t width, double eps) {
 
 template <class T>
 TWOSTEP_INLINE void forward_head(const T* x, const T* ahead, Acc<T> rstd, const Acc<T>* weight,
-                                 const Rotation<Acc<T>>& rotation, int64_t width, T* y) {
+                                 const Rotation<Acc<T>>& rotation, int64_t width, To<T> y) {
   for_vectors<Acc<T>>(width, [&](int64_t d, auto lanes) TWOSTEP_LAMBDA {
     prefetch(ahead + d);
     store(y + d, rotation.rotate(load(x + d, lanes) * rstd * load(weight + d, lanes), d, lanes), lanes);
@@ -32,7 +32,7 @@ TWOSTEP_INLINE void forward_head(const T* x, const T* ahead, Acc<T> rstd, const 
 constexpr int kHeadBlock = 8;
 template <class T>
 TWOSTEP_INLINE void forward_token(const T* x, const T* next_x, int64_t head_stride, int64_t heads, const Acc<T>* weight,
-                                  const Rotation<Acc<T>>& rotation, int64_t width, double eps, T* y) {
+                                  const Rotation<Acc<T>>& rotation, int64_t width, double eps, To<T> y) {
   Acc<T> rstd[kHeadBlock];
   for (int64_t first = 0; first < heads; first += kHeadBlock) {
     const int64_t n = smaller(kHeadBlock, heads - first);
@@ -50,26 +50,24 @@ void forward(const QkNormRopeForward& a) {
   const int64_t width = a.width, q_token = a.q.heads * width, k_token = a.k.heads * width;
   const Runs runs = short_runs(a.batch, a.length, q_token + k_token);
   parallel(runs.count(), runs.rows * (q_token + k_token), [=, &a](int64_t first, int64_t last) {
-    Scratch scratch(4 + a.q.heads + a.k.heads, width, sizeof(A));
+    Scratch scratch(4, width, sizeof(A));
     Rotation<A> rotation(scratch, width);
     A* q_weight = scratch.row<A>(width);
     A* k_weight = scratch.row<A>(width);
-    const Output<T> q_out(a.batch * a.length * q_token, q_token, scratch);
-    const Output<T> k_out(a.batch * a.length * k_token, k_token, scratch);
+    const Output<T> q_out(a.batch * a.length * q_token, width);
+    const Output<T> k_out(a.batch * a.length * k_token, width);
     load_weight(a.param_dtype, a.q_weight, 0, width, q_weight);
     load_weight(a.param_dtype, a.k_weight, 0, width, k_weight);
     const auto token = [&](const ConstHeads& x, const A* weight, const Output<T>& out, void* y, int64_t b, int64_t l) {
-      T* destination = static_cast<T*>(y) + (b * a.length + l) * x.heads * width;
       const T* heads = head_of<T>(x, b, l, 0);
       const T* next = head_of<T>(x, b, smaller(l + 1, a.length - 1), 0);  // asked for a token ahead
-      T* row = out.row(destination);
+      const To<T> row = out.row(static_cast<T*>(y) + (b * a.length + l) * x.heads * width);
       // 128, the width of every model we know, as a constant: the loops unroll and a head stays in registers.
       if (width == 128) {
         forward_token(heads, next, x.head_stride, x.heads, weight, rotation, 128, a.eps, row);
       } else {
         forward_token(heads, next, x.head_stride, x.heads, weight, rotation, width, a.eps, row);
       }
-      out.done(destination, x.heads * width);
     };
     for (int64_t i = first; i < last; ++i) {
       const Run run = runs[i];
@@ -86,7 +84,7 @@ void forward(const QkNormRopeForward& a) {
 template <bool kSums, class T>
 TWOSTEP_INLINE void backward_head(const T* dy, const T* x, const T* next_dy, const T* next_x, const Acc<T>* weight,
                                   const Rotation<Acc<T>>& inverse, int64_t width, double eps, Acc<T>* dn,
-                                  Acc<T>* sum_dn, T* dx) {
+                                  Acc<T>* sum_dn, To<T> dx) {
   using A = Acc<T>;
   Sums<A> xx, gx;
   sum_vectors<A>(
@@ -118,14 +116,14 @@ void backward(const QkNormRopeBackward& a) {
   const Runs runs =
       kSums ? split_runs(a.batch, a.length, a.partials.splits) : short_runs(a.batch, a.length, q_token + k_token);
   parallel(runs.count(), runs.rows * (q_token + k_token), [=, &a](int64_t first, int64_t last) {
-    Scratch scratch(6 + a.q.heads + a.k.heads, width, sizeof(A));
+    Scratch scratch(6, width, sizeof(A));
     Rotation<A> inverse(scratch, width);
     A* q_weight = scratch.row<A>(width);
     A* k_weight = scratch.row<A>(width);
     A* dn = scratch.row<A>(width);
     A* spare = scratch.row<A>(width);
-    const Output<T> dq(a.batch * a.length * q_token, q_token, scratch);
-    const Output<T> dk(a.batch * a.length * k_token, k_token, scratch);
+    const Output<T> dq(a.batch * a.length * q_token, width);
+    const Output<T> dk(a.batch * a.length * k_token, width);
     load_weight(a.param_dtype, a.q_weight, 0, width, q_weight);
     load_weight(a.param_dtype, a.k_weight, 0, width, k_weight);
     const auto sums = [&](int64_t plane, const Run& run, bool wanted) -> A* {
@@ -137,8 +135,7 @@ void backward(const QkNormRopeBackward& a) {
     };
     const auto token = [&](const ConstHeads& dy, const ConstHeads& x, const A* weight, const Output<T>& out, void* dx,
                            A* sum_dn, int64_t b, int64_t l) {
-      T* destination = static_cast<T*>(dx) + (b * a.length + l) * x.heads * width;
-      T* row = out.row(destination);
+      const To<T> row = out.row(static_cast<T*>(dx) + (b * a.length + l) * x.heads * width);
       const int64_t next = smaller(l + 1, a.length - 1);  // asked for a token ahead
       for (int64_t h = 0; h < x.heads; ++h) {
         const T *dy_head = head_of<T>(dy, b, l, h), *x_head = head_of<T>(x, b, l, h);
@@ -151,7 +148,6 @@ void backward(const QkNormRopeBackward& a) {
                                row + h * width);
         }
       }
-      out.done(destination, x.heads * width);
     };
     for (int64_t i = first; i < last; ++i) {
       const Run run = runs[i];

@@ -272,6 +272,22 @@ TWOSTEP_INLINE void store(F16* p, F32v v, Lanes lanes) {
   store_u16(&p->bits, narrow_f16(v), lanes);
 }
 
+// --- what is stored of a vector, and what a load then finds
+
+TWOSTEP_INLINE F32v narrow(float, F32v v) { return v; }
+TWOSTEP_INLINE F64v narrow(double, F64v v) { return v; }
+TWOSTEP_INLINE U16h narrow(Bf16, F32v v) { return narrow_bf16(v); }
+TWOSTEP_INLINE U16h narrow(F16, F32v v) { return narrow_f16(v); }
+TWOSTEP_INLINE F32v widen(float, F32v v) { return v; }
+TWOSTEP_INLINE F64v widen(double, F64v v) { return v; }
+TWOSTEP_INLINE F32v widen(Bf16, U16h h) { return widen_bf16(h); }
+TWOSTEP_INLINE F32v widen(F16, U16h h) { return widen_f16(h); }
+
+template <class T>
+TWOSTEP_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
+  return widen(T{}, narrow(T{}, v));
+}
+
 // --- across lanes
 
 template <class V>

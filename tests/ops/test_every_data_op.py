@@ -117,8 +117,9 @@ def test_takes_an_empty_tensor(op: str, empty: dict[str, int]) -> None:
 
 @every_op
 @pytest.mark.parametrize("offset", [0, 1])
-def test_outputs_large_enough_to_be_streamed(cpu_isa: str, op: str, offset: int) -> None:
-    case = sample(op, batch=2, length=600 + offset, width=1031 + offset)
+@pytest.mark.parametrize("width", [1031, 1040])
+def test_outputs_large_enough_to_go_past_the_caches(cpu_isa: str, op: str, width: int, offset: int) -> None:
+    case = sample(op, batch=2, length=600 + offset, width=width + offset)
     for name, t in case.tensors.items():
         if offset and name != "factor":  # samples that start off a 64-byte line
             padded = torch.empty(t.numel() + offset)

@@ -67,15 +67,18 @@ DIRECTIONS: dict[str, Callable[..., Callable[[], Any]]] = {"forward": forward, "
 
 
 def time_cpu(candidates: dict[str, Sequence[Callable[[], Any]]], seconds: float) -> dict[str, float]:
-    """Median seconds of one call for each candidate; they take turns, so that a disturbance meets all of them."""
+    """Median seconds of one call for each candidate; they take turns, so that a disturbance meets all of them.
+
+    In a turn no two work on the same inputs: the second would find in the cache what the first has read.
+    """
     for calls in candidates.values():
         for call in list(calls)[:3]:
             call()
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     turn, deadline = 0, time.perf_counter() + seconds * len(candidates)
     while turn < 7 or time.perf_counter() < deadline:
-        for name, calls in candidates.items():
-            call = calls[turn % len(calls)]
+        for place, (name, calls) in enumerate(candidates.items()):
+            call = calls[(turn + place * len(calls) // len(candidates)) % len(calls)]
             start = time.perf_counter()
             call()
             samples[name].append(time.perf_counter() - start)
