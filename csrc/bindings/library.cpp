@@ -22,7 +22,10 @@ STABLE_TORCH_LIBRARY(twostep, m) {
   twostep::bindings::define_steps(m);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(twostep, CPU, m) { twostep::bindings::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(twostep, CPU, m) {
+  twostep::bindings::implement(m);
+  twostep::bindings::implement_blocks_on_cpu(m);
+}
 #ifdef TWOSTEP_CUDA
 STABLE_TORCH_LIBRARY_IMPL(twostep, CUDA, m) { twostep::bindings::implement(m); }
 #endif

@@ -150,6 +150,7 @@ using Library = torch::stable::detail::StableLibrary;
 // blocks.cpp: the operators on rows and heads, which transformer blocks are made of.
 void define_blocks(Library& m);
 void implement_blocks(Library& m);
+void implement_blocks_on_cpu(Library& m);  // what there is on the CPU alone
 
 // steps.cpp: the operators on samples, which sampling steps are made of.
 void define_steps(Library& m);

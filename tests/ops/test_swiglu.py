@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twostep import ops
+from twostep.ops.swiglu import swiglu_of_spent
 
 from . import oracle, strategies
 from .oracle import Case
@@ -50,6 +51,35 @@ def test_the_gradient_of_gate_and_up_in_one_tensor_is_reached_by_every_road() ->
     assert torch.equal(torch.func.grad(lambda t: ops.swiglu(t).sum())(both.detach()), true)
     with pytest.raises(RuntimeError, match="swiglu: double backward is not implemented"):
         torch.autograd.grad(ops.swiglu(both).sum(), both, create_graph=True)[0].sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 23), (3, 7, 1, 16), (4, 10), (6,), (0, 3, 8), (2, 700, 1040)], ids=str)
+@pytest.mark.parametrize("dtype", strategies.DTYPES, ids=str)
+def test_a_spent_gate_is_written_over(cpu_isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The very bits of swiglu, in gate's own memory."""
+    gate, up = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    expected, kept = ops.swiglu(gate, up), up.clone()
+    y = swiglu_of_spent(gate, up)
+    assert torch.equal(y, expected) and y.data_ptr() == gate.data_ptr()
+    assert torch.equal(up, kept)
+
+
+def test_a_gate_is_not_written_over_where_that_could_be_seen() -> None:
+    plain, up = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    with_grad = torch.randn(2, 3, 8, requires_grad=True)
+    rows = torch.randn(2, 3, 16)[..., :8]
+    for gate, other in ((with_grad * 1, up), (plain, with_grad), (rows, up)):
+        before = gate.detach().clone()
+        assert torch.equal(swiglu_of_spent(gate, other), ops.swiglu(before, other))
+        assert torch.equal(gate, before)
+    before = plain.clone()
+    assert torch.equal(torch.compile(swiglu_of_spent, fullgraph=True)(plain, up), ops.swiglu(before, up))
+    assert torch.equal(plain, before)
+    with pytest.raises(ValueError, match="up has shape"):
+        swiglu_of_spent(plain, up[:1])
+    torch.library.opcheck(torch.ops.twostep.swiglu_over_gate.default, (plain, up))
+    with pytest.raises(RuntimeError, match="gate must be contiguous"):
+        torch.ops.twostep.swiglu_over_gate(rows, up)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -47,6 +47,33 @@ from .models import (
 BOTH = pytest.mark.parametrize("name", ["z-image", "flux2"])
 
 
+@pytest.mark.parametrize("way", ["hook", "replaced forward"])
+def test_what_somebody_keeps_of_a_feed_forward_is_not_written_over(way: str) -> None:
+    """Without autograd the gate's memory is used again, but not where a hook or a wrapper has seen it."""
+    case = CASES["z-image"]
+    model = fuse(stock_model(case))
+    feed_forward = model.layers[0].feed_forward
+    kept: list[Tensor] = []
+    seen: list[Tensor] = []
+    if way == "hook":
+        feed_forward.w1.register_forward_hook(lambda _, __, out: kept.append(out))
+    else:
+        original = feed_forward.w1.forward
+        feed_forward.w1.forward = lambda x: kept.append(original(x)) or kept[-1]
+    feed_forward.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    with torch.no_grad():
+        call_stock(model, case, batch_of(case))
+        assert torch.equal(kept[0], nn.functional.linear(seen[0], feed_forward.w1.weight))
+
+
+def test_nothing_changes_without_autograd() -> None:
+    case = CASES["z-image"]
+    model, batch = fuse(stock_model(case)), batch_of(case)
+    with_graph = call_stock(model, case, batch)
+    with torch.no_grad():
+        assert torch.equal(call_stock(model, case, batch), with_graph)
+
+
 def add_lora(model: nn.Module, case: Case, seed: int = 3) -> None:
     model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[case.family]))
     generator = torch.Generator().manual_seed(seed)

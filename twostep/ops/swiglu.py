@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from . import arguments, reference
 from .autograd import differentiable, first_order
-from .library import choose, register_fake
+from .library import backend, choose, register_fake
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -41,6 +41,25 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     run = _differentiable if arguments.wants_grad(gate, up) else torch.ops.twostep.swiglu
     y = run(rows, arguments.as_rows(up))
     return y if gate.dim() == 3 else y.view(gate.shape)
+
+
+def swiglu_of_spent(gate: Tensor, up: Tensor) -> Tensor:
+    """swiglu(gate, up), where nobody looks at gate again: it is written over where that is possible and pays, on a CPU
+    without autograd. New memory may cost there as much as the arithmetic, by its page faults."""
+    spent = (
+        type(gate) is Tensor
+        and gate.device.type == "cpu"
+        and not arguments.wants_grad(gate, up)
+        and not torch.compiler.is_compiling()
+        and gate.is_contiguous()
+        and gate.shape == up.shape
+        and gate.dtype == up.dtype
+        and backend(gate) == "cpu"
+    )
+    if not spent:
+        return swiglu(gate, up)
+    torch.ops.twostep.swiglu_over_gate(arguments.as_rows(gate), arguments.as_rows(up))
+    return gate
 
 
 class _Swiglu(Function):
@@ -83,6 +102,11 @@ _of_halves = differentiable(_SwigluOfHalves)
 @register_fake("swiglu")
 def _(gate: Any, up: Any) -> Any:
     return gate.new_empty(gate.shape)
+
+
+@register_fake("swiglu_over_gate")
+def _(gate: Any, up: Any) -> None:
+    return None
 
 
 @register_fake("swiglu_backward")
