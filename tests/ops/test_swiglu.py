@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twostep import ops
 from twostep.ops.swiglu import swiglu_of_spent
@@ -53,27 +54,43 @@ def test_the_gradient_of_gate_and_up_in_one_tensor_is_reached_by_every_road() ->
         torch.autograd.grad(ops.swiglu(both).sum(), both, create_graph=True)[0].sum().backward()
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 23), (3, 7, 1, 16), (4, 10), (6,), (0, 3, 8), (2, 700, 1040)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 23), (3, 7, 1, 16), (4, 10), (6,), (0, 3, 8), (2, 1100, 1056)], ids=str)
 @pytest.mark.parametrize("dtype", strategies.DTYPES, ids=str)
 def test_a_spent_gate_is_written_over(cpu_isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """The very bits of swiglu, in gate's own memory."""
     gate, up = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     expected, kept = ops.swiglu(gate, up), up.clone()
-    y = swiglu_of_spent(gate, up)
+    with torch.no_grad():
+        version, y = gate._version, swiglu_of_spent(gate, up)
+    assert gate._version > version
     assert torch.equal(y, expected) and y.data_ptr() == gate.data_ptr()
     assert torch.equal(up, kept)
+
+
+class _Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
 
 
 def test_a_gate_is_not_written_over_where_that_could_be_seen() -> None:
     plain, up = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
     with_grad = torch.randn(2, 3, 8, requires_grad=True)
     rows = torch.randn(2, 3, 16)[..., :8]
-    for gate, other in ((with_grad * 1, up), (plain, with_grad), (rows, up)):
+    for gate, other in ((with_grad * 1, up), (plain, with_grad), (plain, up)):  # autograd is on
         before = gate.detach().clone()
         assert torch.equal(swiglu_of_spent(gate, other), ops.swiglu(before, other))
         assert torch.equal(gate, before)
-    before = plain.clone()
-    assert torch.equal(torch.compile(swiglu_of_spent, fullgraph=True)(plain, up), ops.swiglu(before, up))
+    before, rows_before = plain.clone(), rows.clone()
+    with torch.no_grad():
+        swiglu_of_spent(rows, up)
+        with _Watching():
+            swiglu_of_spent(plain, up)
+    assert torch.equal(plain, before) and torch.equal(rows, rows_before)
+    with torch.inference_mode():
+        gate, expected = plain * 1, ops.swiglu(plain, up)
+        assert torch.equal(swiglu_of_spent(gate, up), expected) and torch.equal(gate, expected)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(swiglu_of_spent, fullgraph=True)(plain, up), ops.swiglu(before, up))
     assert torch.equal(plain, before)
     with pytest.raises(ValueError, match="up has shape"):
         swiglu_of_spent(plain, up[:1])

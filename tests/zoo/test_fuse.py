@@ -47,19 +47,36 @@ from .models import (
 BOTH = pytest.mark.parametrize("name", ["z-image", "flux2"])
 
 
-@pytest.mark.parametrize("way", ["hook", "replaced forward"])
-def test_what_somebody_keeps_of_a_feed_forward_is_not_written_over(way: str) -> None:
+@pytest.mark.parametrize("way", ["hook", "hook of every module", "replaced forward", "replaced forward of the class"])
+def test_what_somebody_keeps_of_a_feed_forward_is_not_written_over(
+    way: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Without autograd the gate's memory is used again, but not where a hook or a wrapper has seen it."""
     case = CASES["z-image"]
     model = fuse(stock_model(case))
     feed_forward = model.layers[0].feed_forward
     kept: list[Tensor] = []
     seen: list[Tensor] = []
+
+    def keep(module: nn.Module, _: Any, out: Tensor) -> None:
+        if module is feed_forward.w1:
+            kept.append(out)
+
+    original = nn.Linear.forward
+
+    def keeping(module: nn.Module, x: Tensor) -> Tensor:
+        out = original(module, x)
+        keep(module, x, out)
+        return out
+
     if way == "hook":
-        feed_forward.w1.register_forward_hook(lambda _, __, out: kept.append(out))
+        feed_forward.w1.register_forward_hook(keep)
+    elif way == "hook of every module":
+        request.addfinalizer(nn.modules.module.register_module_forward_hook(keep).remove)
+    elif way == "replaced forward":
+        feed_forward.w1.forward = lambda x: keeping(feed_forward.w1, x)
     else:
-        original = feed_forward.w1.forward
-        feed_forward.w1.forward = lambda x: kept.append(original(x)) or kept[-1]
+        monkeypatch.setattr(nn.Linear, "forward", keeping)
     feed_forward.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
     with torch.no_grad():
         call_stock(model, case, batch_of(case))

@@ -21,7 +21,8 @@ ROTATE_BYTES = {"cpu": 768 << 20, "cuda": 512 << 20}
 
 
 def rotations(bytes_per_call: int, device: str) -> int:
-    return max(2, min(256, -(-ROTATE_BYTES[device] // max(1, bytes_per_call))))
+    # On the CPU as many as candidates, at least, so that each has others in a turn.
+    return max(6 if device == "cpu" else 2, min(256, -(-ROTATE_BYTES[device] // max(1, bytes_per_call))))
 
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:

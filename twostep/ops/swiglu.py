@@ -45,13 +45,20 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
 def swiglu_of_spent(gate: Tensor, up: Tensor) -> Tensor:
     """swiglu(gate, up), where nobody looks at gate again: it is written over where that is possible and pays, on a CPU
-    without autograd. New memory may cost there as much as the arithmetic, by its page faults."""
+    with autograd switched off. New memory may cost there as much as the arithmetic, by its page faults.
+
+    With autograd on it is not, even if nothing here wants a gradient: selective checkpointing keeps what it has seen.
+    Nor under a dispatch mode, which may keep it too.
+    """
     spent = (
         type(gate) is Tensor
         and gate.device.type == "cpu"
+        and not torch.is_grad_enabled()
         and not arguments.wants_grad(gate, up)
+        and not torch._C._len_torch_dispatch_stack()
         and not torch.compiler.is_compiling()
         and gate.is_contiguous()
+        and gate.dim() > 0
         and gate.shape == up.shape
         and gate.dtype == up.dtype
         and backend(gate) == "cpu"
@@ -59,6 +66,8 @@ def swiglu_of_spent(gate: Tensor, up: Tensor) -> Tensor:
     if not spent:
         return swiglu(gate, up)
     torch.ops.twostep.swiglu_over_gate(arguments.as_rows(gate), arguments.as_rows(up))
+    if not gate.is_inference():
+        torch.autograd.graph.increment_version(gate)
     return gate
 
 

@@ -15,10 +15,13 @@ from __future__ import annotations
 import torch
 from diffusers.models.transformers import transformer_z_image as stock
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 
 from ... import ops
 from ...ops.swiglu import swiglu_of_spent
 from ..attention import attend, call
+
+_linear_forward = nn.Linear.forward
 
 
 def _real(freqs: Tensor) -> Tensor:
@@ -52,7 +55,12 @@ class FeedForward(stock.FeedForward):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         # What a layer of another kind, a hook or a replaced forward has made may be looked at again: not written over.
         w1 = self.w1
-        spent = type(w1) is nn.Linear and not w1._forward_hooks and "forward" not in vars(w1)
+        spent = (
+            type(w1) is nn.Linear
+            and not (w1._forward_hooks or every_module._global_forward_hooks)
+            and "forward" not in vars(w1)
+            and nn.Linear.forward is _linear_forward
+        )
         run = swiglu_of_spent if spent else ops.swiglu
         return self.w2(run(w1(x), self.w3(x)))
 
