@@ -2,9 +2,9 @@
 //
 // This folder is all that knows PyTorch. It is written against LibTorch's stable ABI, so that one binary serves every
 // PyTorch from the targeted version on, CPU-only or CUDA. Each operator is functional (but swiglu_over_gate): it
-// allocates its outputs, fills a parameter struct and hands it to the kernel of the tensor's device. Autograd, broadcasting and friendly errors live
-// in twostep/ops; the checks here keep a direct call of torch.ops.twostep.*, with tensors of one device, from reading
-// memory that is not there.
+// allocates its outputs, fills a parameter struct and hands it to the kernel of the tensor's device. Autograd,
+// broadcasting and friendly errors live in twostep/ops; the checks here keep a direct call of torch.ops.twostep.*, with
+// tensors of one device, from reading memory that is not there.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>

@@ -51,12 +51,12 @@ def swiglu_of_spent(gate: Tensor, up: Tensor) -> Tensor:
     Nor under a dispatch mode, which may keep it too.
     """
     spent = (
-        type(gate) is Tensor
+        not torch.compiler.is_compiling()
+        and type(gate) is Tensor
         and gate.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not arguments.wants_grad(gate, up)
         and not torch._C._len_torch_dispatch_stack()
-        and not torch.compiler.is_compiling()
         and gate.is_contiguous()
         and gate.dim() > 0
         and gate.shape == up.shape
