@@ -59,7 +59,7 @@ class Subject:
         name, equals, rest = text.partition("=")
         if not equals or "@" in name or "/" in name:
             name, rest = "", text
-        where, _, given = (rest, "", "") if Path(rest).expanduser().exists() else rest.partition("@")
+        where, given = _settings_apart(rest)
         settings: dict[str, Any] = {}
         for item in filter(None, given.split(",")):
             key, equals, value = item.partition("=")
@@ -261,6 +261,15 @@ def identity(subject: Subject, order: Order, dtype: torch.dtype) -> str:
     """What decides which images come out, files by their sizes and times."""
     decides = [subject.where, subject.settings, asdict(order), str(dtype), files_of(subject.where)]
     return _digest(decides)
+
+
+def _settings_apart(text: str) -> tuple[str, str]:
+    """WHERE and what is set behind its last @; owner/name@v1 is a place, of which nothing is set."""
+    where, at, given = text.rpartition("@")
+    pinned = "=" not in given and where.count("/") == 1 and not Path(where).expanduser().exists()
+    if not at or pinned or Path(text).expanduser().exists():
+        return text, ""
+    return where, given
 
 
 def state_of(model: str) -> str:

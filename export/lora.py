@@ -30,6 +30,7 @@ from torch import Tensor
 from ..disk import check_space
 from ..zoo import Backbone, Student, load_backbone
 from ..zoo.adapters import TARGETS
+from ..zoo.place import repository
 from . import fresh_process
 from .fresh_process import hold, relative
 from .merging import Product, added, plain, products, with_weights
@@ -45,7 +46,7 @@ _PROBE = """
 import diffusers
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 base = getattr(diffusers, facts["class"]).from_pretrained(
-    facts["base"], subfolder=facts["subfolder"], torch_dtype=torch.float32)
+    facts["base"], revision=facts["revision"], subfolder=facts["subfolder"], torch_dtype=torch.float32)
 pipeline = DiffusionPipeline.from_pretrained(facts["pipeline"], transformer=base, torch_dtype=torch.float32)
 pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
 pipeline.set_progress_bar_config(disable=True)
@@ -241,9 +242,11 @@ def _verify(
             allowed += 3 * relative(probes.images(own), exact)
         what = "images of the factors that were written differ from the student's"
         hold(lost, allowed, what, "the scaling of the factors")
+    name, revision = (base[0], None) if Path(base[0]).is_dir() else repository(base[0])
     facts = {
         "pipeline": str(source.pipeline),
-        "base": base[0],
+        "base": name,
+        "revision": revision,
         "subfolder": base[1],
         "class": type(one.model).__name__,
         "files": [str(file) for file in files],

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..zoo import Backbone, Student, load_student
+from ..zoo.place import repository
 from ..zoo.saved_student import pipeline_path, student_facts, student_folder
 from .new_folder import sizes_in
 
@@ -97,13 +98,14 @@ class Source:
         place = Path(pipeline_path(str(self.moved or self.facts["pipeline"])))
         if (place / "model_index.json").is_file():
             return place
-        if place.is_absolute() or self.moved is not None or str(place).count("/") != 1:
+        name, revision = repository(str(place))
+        if place.is_absolute() or self.moved is not None or name.count("/") != 1:
             raise ValueError(
                 f"export: the student was made for {place}, and no pipeline is there; say where it is: --pipeline"
             )
         from diffusers import DiffusionPipeline
 
-        return Path(DiffusionPipeline.download(str(place), use_safetensors=True))
+        return Path(DiffusionPipeline.download(name, revision=revision, use_safetensors=True))
 
     @property
     def place(self) -> str:

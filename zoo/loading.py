@@ -49,10 +49,11 @@ def load_backbone(
 
     Args:
         path: a transformer's folder (config.json beside safetensors), a pipeline's folder (model_index.json; its
-            `transformer` is taken), or a hub id "owner/name". A folder may hold the weights as one variant (fp16).
+            `transformer` is taken), or a hub id "owner/name" or "owner/name@revision". A folder may hold the weights
+            as one variant (fp16).
         fused: run on twostep.ops; False keeps the stock modules.
         subfolder: where the transformer lies, if not in `transformer`: "transformer_2" of an exported student.
-        revision: of the hub repository.
+        revision: of the hub repository, instead of behind its name.
         embedded_guidance: for FLUX.2 models that were distilled with a guidance input.
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

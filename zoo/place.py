@@ -8,15 +8,25 @@ from typing import Any
 
 
 def folder_or_hub_id(place: str | Path, who: str) -> Path | str:
-    """A folder that is there, or "owner/name"; ValueError, in the words of `who` asks, for what is neither."""
+    """A folder that is there, or "owner/name", and maybe "@revision" behind it; ValueError, in the words of `who` asks,
+    for what is neither."""
     folder = Path(place).expanduser()
     if folder.is_dir():
         return folder
-    name = str(place)
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    name, revision = repository(str(place))
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or revision == "":
         found = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"{who}: {place} {found}; expected a diffusers folder, or a hub id of the form owner/name")
-    return name
+        raise ValueError(
+            f"{who}: {place} {found}; expected a diffusers folder, or a hub id of the form owner/name or "
+            f"owner/name@revision"
+        )
+    return str(place)
+
+
+def repository(hub_id: str) -> tuple[str, str | None]:
+    """A hub id's "owner/name", and its revision (a commit, a tag or a branch) where it has one."""
+    name, at, revision = hub_id.partition("@")
+    return name, revision if at else None
 
 
 def inside(subfolder: str | None, name: str) -> str:
@@ -33,22 +43,26 @@ def fetched(
     Args:
         needed: OSError where nothing is of one of these patterns.
         also: taken where it is there.
+        revision: of the repository, where the hub id has none.
     """
     found = folder_or_hub_id(place, who)
     if isinstance(found, Path):
         return found
     from huggingface_hub import snapshot_download
 
-    why = "the repository, or what the cache holds of it, has none"
+    name, own = repository(found)
+    if None not in (own, revision) and own != revision:
+        raise ValueError(f"{who}: {place} names a revision, and another is given: {revision}")
+    why, revision = "the repository, or what the cache holds of it, has none", own or revision
     try:
-        folder = Path(snapshot_download(found, revision=revision, allow_patterns=[*needed, *also]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*needed, *also]))
         absent = [pattern for pattern in needed if not any(folder.glob(pattern))]  # off-line nobody has looked
     except OSError as error:
         absent, why = list(needed), str(error)
     if absent:
         raise OSError(
             f"{who}: there is no folder {place} here, and of the hub's {place} there is no {', '.join(absent)}: {why}. "
-            f"With a connection:  hf download {place}"
+            f"With a connection:  hf download {name}{f' --revision {revision}' if revision else ''}"
         )
     return folder
 

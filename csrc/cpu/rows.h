@@ -284,13 +284,17 @@ TWOSTEP_INLINE void store_past_caches(void* p, V v) {
     _mm_stream_si64(static_cast<long long*>(p), bit_cast<long long>(v));
   } else if constexpr (sizeof(V) == 16) {
     _mm_stream_si128(static_cast<__m128i*>(p), bit_cast<__m128i>(v));
-  }
 #if TWOSTEP_AVX2
-  if constexpr (sizeof(V) == 32) _mm256_stream_si256(static_cast<__m256i*>(p), bit_cast<__m256i>(v));
+  } else if constexpr (sizeof(V) == 32) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), bit_cast<__m256i>(v));
 #endif
 #if TWOSTEP_AVX512
-  if constexpr (sizeof(V) == 64) _mm512_stream_si512(static_cast<__m512i*>(p), bit_cast<__m512i>(v));
+  } else if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), bit_cast<__m512i>(v));
 #endif
+  } else {
+    static_assert(sizeof(V) == 0, "no store past the caches has this size");
+  }
 #else
   __builtin_memcpy(p, &v, sizeof v);
 #endif

@@ -80,8 +80,12 @@ def test_subjects_are_read() -> None:
     assert Subject.parse("x=y@guidance_interval=.5-.95").settings == {"guidance_interval": (0.5, 0.95)}
     assert Subject.parse("runs/first").name == "first" and Subject.parse("runs/a@steps=2").name == "a steps=2"
     assert Subject.parse("a/b=c@steps=2").where == "a/b=c"
+    pinned = Subject.parse("x=owner/name@v1@steps=2")
+    assert pinned == Subject("x", "owner/name@v1", {"steps": 2})
+    assert Subject.parse("owner/name@v1") == Subject("name@v1", "owner/name@v1", {})
     for text, message in (
         ("x=y@step=2", "'step=2' is not one of steps=..., guidance=..., guidance_interval=..., eta=..., eta_"),
+        ("x=y@steps", "'steps' is not one of steps=..."),
         ("x=y@steps=two", "steps is 'two', expected a number"),
         ("x=y@guidance_interval=.5", "guidance_interval is '.5', expected two numbers, such as 0.5-0.95"),
         ("x=", "expected .NAME=.WHERE"),

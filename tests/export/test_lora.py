@@ -7,6 +7,7 @@ import math
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -171,6 +172,29 @@ def test_the_base_may_have_moved(runs: Runs, places: dict[str, tiny_runs.Place],
         export_lora(run, tmp_path / "other", base=place)
     with pytest.raises(ValueError, match="the student has whole weights, which stand on none"):
         export_single_file(runs["klein", "full", True], tmp_path / "other", base=place)
+
+
+def test_a_pinned_pipeline_of_the_hub(
+    runs: Runs, places: dict[str, tiny_runs.Place], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two commits the one that is named, in the process that checks as well."""
+    commits = tmp_path / "hub" / "models--owner--name" / "snapshots"
+    shutil.copytree(places["klein"].model, commits / ("1" * 40))
+    (commits / ("0" * 40)).mkdir()
+    (commits.parent / "refs").mkdir()
+    for name, commit in (("main", "0"), ("v1", "1")):
+        (commits.parent / "refs" / name).write_text(commit * 40)
+    for name, value in (("HF_HUB_CACHE", str(tmp_path / "hub")), ("HF_HUB_OFFLINE", "1")):
+        monkeypatch.setenv(name, value)
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    run = tmp_path / "run"
+    shutil.copytree(runs["klein", "lora", True] / "student", run / "student")
+    facts = json.loads((run / "student" / "student.json").read_text())
+    facts |= {"base": ["owner/name@v1", "transformer"], "pipeline": "owner/name@v1"}
+    (run / "student" / "student.json").write_text(json.dumps(facts))
+    made = export_lora(run, tmp_path / "out", dtype=torch.float32)
+    assert made.error <= 1e-5
+    assert json.loads((made.folder / "export.json").read_text())["base"] == ["owner/name@v1", "transformer"]
 
 
 def test_the_command(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

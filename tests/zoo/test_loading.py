@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
+from twostep.train.source_identity import source_identity
 from twostep.zoo import load_backbone
 from twostep.zoo.flux2.backbone import Flux2Backbone
 from twostep.zoo.z_image.backbone import ZImageBackbone
@@ -246,6 +247,31 @@ def test_a_hub_model_in_shards_loads_off_line(hub: Path) -> None:
     stock_model(CASES["z-image"]).save_pretrained(hub / "transformer", max_shard_size="200KB")
     assert (hub / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     assert load_backbone("owner/name").default_shift(16, 16, 8) == 6.0
+
+
+def test_a_hub_id_may_name_a_revision(hub: Path) -> None:
+    """A tag, a branch or a commit; none is the newest."""
+    tagged = hub.parent / ("1" * 40)
+    shutil.copytree(hub, tagged)
+    shutil.rmtree(tagged / "scheduler")
+    FlowMatchEulerDiscreteScheduler(shift=2.0).save_pretrained(tagged / "scheduler")
+    (hub.parent.parent / "refs" / "v1").write_text("1" * 40)
+    for name, keywords, shift in (
+        ("owner/name", {}, 6.0),
+        ("owner/name@v1", {}, 2.0),
+        ("owner/name@" + "1" * 40, {}, 2.0),
+        ("owner/name@main", {}, 6.0),
+        ("owner/name", {"revision": "v1"}, 2.0),
+        ("owner/name@v1", {"revision": "v1"}, 2.0),
+    ):
+        assert load_backbone(name, **keywords).default_shift(16, 16, 8) == shift, name
+    assert source_identity("owner/name@v1", "transformer") == source_identity("owner/name", "transformer")
+    with pytest.raises(OSError, match=r"there is no folder owner/name@v2 here.* hf download owner/name --revision v2"):
+        load_backbone("owner/name@v2")
+    with pytest.raises(ValueError, match=r"owner/name@v1 names a revision, and another is given: main"):
+        load_backbone("owner/name@v1", revision="main")
+    with pytest.raises(ValueError, match=r"owner/name@ does not exist; expected .* owner/name or owner/name@revision"):
+        load_backbone("owner/name@")
 
 
 def test_a_repository_that_is_a_transformer_alone(hub: Path) -> None:

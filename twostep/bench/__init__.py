@@ -81,6 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--seconds is {arguments.seconds}, expected a number above 0")
     for shape in shapes:
         cases.check(shape, ops)
+    make_out(arguments)
     if not arguments.system_allocator:
         keep_freed_memory()
 
@@ -110,7 +111,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def prepared(arguments: argparse.Namespace) -> str:
-    """The device that was asked for or is there, torch's threads set, and the folder made."""
+    """The device that was asked for or is there, and torch's threads set."""
     import torch
 
     device = usable_device(arguments.device, "--device").type
@@ -118,9 +119,13 @@ def prepared(arguments: argparse.Namespace) -> str:
         if arguments.threads < 1:
             raise ValueError(f"--threads is {arguments.threads}, expected at least 1")
         torch.set_num_threads(arguments.threads)
+    return device
+
+
+def make_out(arguments: argparse.Namespace) -> None:
+    """The folder, if one is asked for: once all arguments are known to be good, and before anything is measured."""
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-    return device
 
 
 def _chosen(given: list[str] | None, default: tuple[str, ...], accepted: tuple[str, ...] | None = None) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..tables import markdown
-from . import cases, prepared, report, timing
+from . import cases, make_out, prepared, report, timing
 from .measure import candidates_of
 
 SHAPE = cases.Shape(1, 4, 128)
@@ -64,6 +64,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     device = prepared(arguments)
+    make_out(arguments)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     rows: list[Row] = []
     for op in cases.OPS:

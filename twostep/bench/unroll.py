@@ -238,7 +238,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from . import cases, prepared, report
+    from . import cases, make_out, prepared, report
 
     device = prepared(arguments)
     if arguments.repetitions < 1:
@@ -250,6 +250,7 @@ def run(arguments: argparse.Namespace) -> int:
     if shape.width % heads:
         raise ValueError(f"--shape is {shape}, and its width must be a multiple of 64, or smaller than 128")
     dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    make_out(arguments)
     rows: list[Row] = []
     for checkpointed in (False, True):
         for depth in arguments.depths:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..context import Context
+from ..place import fetched
 from . import fingerprint, tokens, tower
 from .zimage import ZImageTextEncoder
 
@@ -199,11 +200,13 @@ def load_vision_encoder(
             f"load_vision_encoder: the text encoder is {type(text_encoder).__name__}, expected ZImageTextEncoder; "
             f"FLUX.2-klein sees images through klein_reference_context"
         )
-    config = AutoConfig.from_pretrained(vl_folder_or_hub_id)
+    needed = ("config.json", "*.safetensors", "preprocessor_config.json")
+    folder = fetched(vl_folder_or_hub_id, "load_vision_encoder", needed, ["*.json"])
+    config = AutoConfig.from_pretrained(folder)
     if config.model_type != "qwen3_vl":
         raise ValueError(f"load_vision_encoder: {vl_folder_or_hub_id} holds a {config.model_type}, expected qwen3_vl")
     loaded: Any = Qwen3VLModel.from_pretrained(
-        vl_folder_or_hub_id, dtype=text_encoder.model.dtype, use_safetensors=True, output_loading_info=True
+        folder, dtype=text_encoder.model.dtype, use_safetensors=True, output_loading_info=True
     )
     model, report = loaded
     absent = [key for key in report["missing_keys"] if key.startswith("visual.")]
@@ -212,7 +215,7 @@ def load_vision_encoder(
             f"load_vision_encoder: {vl_folder_or_hub_id} lacks {len(absent)} weights of the vision tower, "
             f"{absent[0]} among them"
         )
-    processor = AutoImageProcessor.from_pretrained(vl_folder_or_hub_id)
+    processor = AutoImageProcessor.from_pretrained(folder)
     if max_pixels is not None:
         tokens.check_count("load_vision_encoder", "max_pixels", max_pixels)
         smallest = min(processor.size["shortest_edge"], max_pixels)
