@@ -6,6 +6,7 @@ Each part is loaded when it is first asked for: a run on cached contexts and lat
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from ..zoo.encoders import (
     klein_reference_context,
     load_text_encoder,
     load_vision_encoder,
+    text_encoder_files,
 )
 from ..zoo.saved_student import pipeline_path
 
@@ -110,8 +112,10 @@ class Parts:
         if cache is None:
             return SharedContexts(self, None)
         stored = ContextCache(cache)
-        if "text_encoder" in self.__dict__ or self._text_encoder_is_small():
+        if "text_encoder" in self.__dict__:
             stored.check(self.text_encoder)
+        elif not self._made_by_the_same_files(stored):
+            stored.check(load_text_encoder(self.path, dtype=self.dtype))
         return SharedContexts(self, stored)
 
     @cached_property
@@ -150,9 +154,20 @@ class Parts:
             )
         return _Vision(_twin(Path(self.path), text, max_pixels))
 
-    def _text_encoder_is_small(self) -> bool:
-        weights = Path(self.path, "text_encoder").glob("*.safetensors")
-        return 0 < sum(file.stat().st_size for file in weights) <= CHEAP
+    def _made_by_the_same_files(self, stored: ContextCache) -> bool:
+        """Or there is no telling: a cache that does not know, whose encoder would take long to load; or an encoder that
+        is not on this machine."""
+        if stored.files is None:
+            weights = Path(self.path, "text_encoder").glob("*.safetensors")
+            return not 0 < sum(file.stat().st_size for file in weights) <= CHEAP
+        files = text_encoder_files(self.path)
+        if files is None:
+            warnings.warn(
+                f"contexts of {stored.folder} are taken to be those of {self.model}'s text encoder: its files are not "
+                f"on this machine, and cannot be compared",
+                stacklevel=2,
+            )
+        return files in (None, stored.files)
 
 
 @dataclass(frozen=True)

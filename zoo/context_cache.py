@@ -107,6 +107,7 @@ class ContextCache:
         header = self._index["header"]
         self.encoder: str = header["encoder"]
         self.template: str = header["template"]
+        self.files: str | None = self._index.get("files")  # of the text encoder, where it was loaded from files
         self.dtype = DTYPES[header["dtype"]]
         if encoder is not None:
             self.check(encoder)
@@ -311,6 +312,8 @@ def _write_shard(folder: Path, plan: Plan, shard: int, encoder: TextEncoder, bat
         "lengths": torch.stack([counts[row] for row in range(len(part))]),
     }
     about = {"prompts": json.dumps([prompt_hash(prompt) for prompt in part]), "has_lengths": str(int(has_lengths))}
+    if encoder.files is not None:
+        about["files"] = encoder.files
     about |= checksums_of((rows[row],) for row in range(len(part)))
     with replaced(folder / name) as new:
         save_file(tensors, new, {**plan.header, **about})

@@ -48,23 +48,42 @@ def fetched(
     found = folder_or_hub_id(place, who)
     if isinstance(found, Path):
         return found
-    from huggingface_hub import snapshot_download
-
     name, own = repository(found)
     if None not in (own, revision) and own != revision:
         raise ValueError(f"{who}: {place} names a revision, and another is given: {revision}")
     why, revision = "the repository, or what the cache holds of it, has none", own or revision
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*needed, *also]))
-        absent = [pattern for pattern in needed if not any(folder.glob(pattern))]  # off-line nobody has looked
+        folder, absent = _snapshot(name, revision, needed, also)
     except OSError as error:
-        absent, why = list(needed), str(error)
+        folder, absent, why = Path(), list(needed), str(error)
     if absent:
         raise OSError(
             f"{who}: there is no folder {place} here, and of the hub's {place} there is no {', '.join(absent)}: {why}. "
             f"With a connection:  hf download {name}{f' --revision {revision}' if revision else ''}"
         )
     return folder
+
+
+def here(place: str | Path, who: str, needed: Sequence[str], also: Sequence[str] = ()) -> Path | None:
+    """`fetched` of what is on this machine already; None where that is not everything needed."""
+    found = folder_or_hub_id(place, who)
+    if isinstance(found, Path):
+        return found
+    try:
+        folder, absent = _snapshot(*repository(found), needed, also, local_files_only=True)
+    except OSError:
+        return None
+    return None if absent else folder
+
+
+def _snapshot(
+    name: str, revision: str | None, needed: Sequence[str], also: Sequence[str], **more: Any
+) -> tuple[Path, list[str]]:
+    """The repository's place in the cache, and of which patterns there is nothing: off-line nobody has looked."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*needed, *also], **more))
+    return folder, [pattern for pattern in needed if not any(folder.glob(pattern))]
 
 
 def check_loaded(report: Mapping[str, Any], who: str, where: str) -> None:

@@ -88,7 +88,7 @@ def _captions(file: Any) -> Rows:
     return Rows(
         {"prompts": prompts, "lengths": lengths.tolist(), **checksums_in(file)},
         {"captions": len(prompts), "tokens": tokens},
-        {"channels": channels, "lengths": about["has_lengths"] == "1"},
+        {"channels": channels, "lengths": about["has_lengths"] == "1", "files": about.get("files")},
     )
 
 
@@ -103,7 +103,7 @@ CONTEXTS = Kind(
     holds="contexts",
     writer="ContextCache.write (`twostep cache`)",
     input="captions",
-    own=("prompts", "has_lengths", CHECKSUMS),
+    own=("prompts", "has_lengths", "files", CHECKSUMS),
     rows=_captions,
 )
 

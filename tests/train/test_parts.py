@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
@@ -20,6 +22,7 @@ from twostep.train.parts import Parts
 from twostep.zoo import load_autoencoder, load_text_encoder, load_vision_encoder, miniature
 from twostep.zoo.context import Context
 from twostep.zoo.context_cache import ContextCache
+from twostep.zoo.encoders import text_encoder_files
 from twostep.zoo.miniature import model as miniature_module
 from twostep.zoo.miniature import samples
 
@@ -114,14 +117,60 @@ def test_contexts_come_from_a_cache_or_the_encoder(monkeypatch: pytest.MonkeyPat
     other.save(tmp_path / "other")
     with pytest.raises(ValueError, match=r"was made with the text encoder .* they differ in weights"):
         parts_of(tmp_path / "other").contexts(tmp_path / "c")
-    # A large encoder is not loaded for this.
-    monkeypatch.setattr(parts_module, "CHEAP", 1000)
+    # Nor is an encoder loaded for this, as long as its files are those that the contexts were made by.
     monkeypatch.setattr(parts_module, "load_text_encoder", forbidden)
     large = parts_of(mini_folder())
     assert equal(large.contexts(tmp_path / "c")[CAPTIONS], stored[CAPTIONS])
     assert large.contexts(None).stored is None  # nor before the first caption
     with pytest.raises(AssertionError, match="not to be loaded"):
         large.contexts(None)[CAPTIONS]
+
+
+def test_contexts_of_another_encoder_are_told_however_large_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By its files, and where these are others by its weights: the same weights may lie in shards."""
+    monkeypatch.setattr(parts_module, "CHEAP", 0)
+    ContextCache.write(tmp_path / "c", parts_of(mini_folder()).text_encoder, CAPTIONS, progress=False)
+    miniature(untrained_seed=1).save(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"was made with the text encoder .* they differ in weights"):
+        parts_of(tmp_path / "other").contexts(tmp_path / "c")
+    again = parts_of(mini_folder()).text_encoder
+    sharded = tmp_path / "sharded"
+    shutil.copytree(mini_folder(), sharded)
+    shutil.rmtree(sharded / "text_encoder")
+    miniature(mini_folder()).text_encoder.save_pretrained(sharded / "text_encoder", max_shard_size="500KB")
+    assert (sharded / "text_encoder" / "model.safetensors.index.json").is_file()
+    loaded = load_text_encoder(sharded, dtype=torch.float32)
+    assert loaded.files == text_encoder_files(sharded) != again.files
+    parts = parts_of(sharded)
+    assert parts.contexts(tmp_path / "c").encoder == again.fingerprint
+    assert "text_encoder" not in parts.__dict__  # it was looked at, and let go
+
+    # What a cache of before does not know cannot be told of a large one.
+    bare = parts_of(mini_folder()).text_encoder
+    bare.files = None
+    ContextCache.write(tmp_path / "bare", bare, CAPTIONS, progress=False)
+    monkeypatch.setattr(parts_module, "load_text_encoder", forbidden)
+    assert parts_of(tmp_path / "other").contexts(tmp_path / "bare").encoder == again.fingerprint
+
+
+def test_an_encoder_of_the_hub_is_told_by_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ContextCache.write(tmp_path / "c", parts_of(mini_folder()).text_encoder, CAPTIONS, progress=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(parts_module, "load_text_encoder", forbidden)
+    for name, commit, folder in (("owner", "0", mini_folder()), ("other", "1", tmp_path / "other")):
+        if name == "other":
+            miniature(untrained_seed=1).save(folder)
+        place = tmp_path / f"models--{name}--name"
+        shutil.copytree(folder, place / "snapshots" / (commit * 40))
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text(commit * 40)
+    assert Parts("owner/name", dtype=torch.float32, device="cpu").contexts(tmp_path / "c").stored is not None
+    with pytest.raises(AssertionError, match="not to be loaded"):  # to compare weights
+        Parts("other/name", dtype=torch.float32, device="cpu").contexts(tmp_path / "c")
+    with pytest.warns(UserWarning, match="taken to be those of absent/name's text encoder: its files are not on this"):
+        assert Parts("absent/name", dtype=torch.float32, device="cpu").contexts(tmp_path / "c").stored is not None
 
 
 def test_the_empty_caption_is_the_caches_if_it_has_it(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,12 +15,12 @@ from torch import Tensor
 
 from ..autoencoder import Autoencoder
 from ..context import Context
-from . import fingerprint, tokens, tower
+from . import tokens, tower
+from .base import CaptionEncoder
 
 
-class KleinTextEncoder:
-    """Flux2KleinPipeline.encode_prompt. `model` is a Qwen3 of transformers, which keeps its weights and stays as
-    it is."""
+class KleinTextEncoder(CaptionEncoder):
+    """Flux2KleinPipeline.encode_prompt."""
 
     family = "flux2-klein"
 
@@ -32,33 +31,10 @@ class KleinTextEncoder:
             raise ValueError(
                 f"{self.family}: layers are {layers!r}, expected integers of at least 1, such as (9, 18, 27)"
             )
-        self.max_tokens = tokens.check_count(self.family, "max_tokens", max_tokens)
-        self.tokenizer = tokenizer
-        self.layers = tuple(layers)
-        self.model = tower.cut(model, max(layers))
-
-    @property
-    def channels(self) -> int:
-        return len(self.layers) * int(self.model.config.hidden_size)
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.model.device)
-
-    @property
-    def template(self) -> str:
-        return self.render("{prompt}")
+        super().__init__(model, tokenizer, tuple(layers), max_tokens)
 
     def render(self, prompt: str) -> str:
         return tokens.chat(self.tokenizer, prompt, enable_thinking=False)
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        return fingerprint.identity(self, [self.render(probe) for probe in ("{prompt}", " {prompt}\n", "")])
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint.join(self.identity)
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
         return [self.max_tokens] * len(self._token_ids(prompts))

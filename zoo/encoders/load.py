@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..place import fetched
+from ..file_identity import identity_of
+from ..place import fetched, here
 from ..variant import variant_of
 from .klein import KleinTextEncoder
 from .protocol import TextEncoder
@@ -27,6 +28,9 @@ FAMILIES: dict[str, Any] = {
     "Flux2KleinInpaintPipeline": KleinTextEncoder,
     "Flux2KleinKVPipeline": KleinTextEncoder,
 }
+
+WHO = "load_text_encoder"
+NEEDED, ALSO = ("model_index.json", "text_encoder/*.safetensors", "tokenizer/*"), ("text_encoder/*.json",)
 
 
 def load_text_encoder(
@@ -47,8 +51,7 @@ def load_text_encoder(
     """
     import transformers
 
-    needed = ("model_index.json", "text_encoder/*.safetensors", "tokenizer/*")
-    folder = fetched(folder_or_hub_id, "load_text_encoder", needed, ["text_encoder/*.json"])
+    folder = fetched(folder_or_hub_id, WHO, NEEDED, ALSO)
     index = _pipeline_index(folder)
     pipeline = index["_class_name"]
     if isinstance(pipeline, list):  # a file in the folder, and a class in it: an exported student's
@@ -72,9 +75,21 @@ def load_text_encoder(
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     encoder = FAMILIES[pipeline](model.eval().requires_grad_(False), tokenizer, **settings)
+    encoder.files = _identity(folder)
     encoder.model.to(device)
-    loaded: TextEncoder = encoder
-    return loaded
+    return encoder
+
+
+def text_encoder_files(folder_or_hub_id: str | Path) -> str | None:
+    """`TextEncoder.files` of what `load_text_encoder` would give, which is not loaded; None where a hub's files are not
+    on this machine."""
+    folder = here(folder_or_hub_id, WHO, NEEDED, ALSO)
+    return None if folder is None else _identity(folder)
+
+
+def _identity(folder: Path) -> str:
+    read = [path for pattern in (*NEEDED[1:], *ALSO) for path in folder.glob(pattern)]
+    return identity_of(path for path in read if path.is_file())
 
 
 def _pipeline_index(folder: Path) -> dict[str, Any]:

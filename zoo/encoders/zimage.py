@@ -8,7 +8,6 @@ the last bits that another width of a matrix product may round differently.
 
 from __future__ import annotations
 
-from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -16,42 +15,20 @@ import torch
 from torch import Tensor
 
 from ..context import Context
-from . import fingerprint, tokens, tower
+from . import tokens, tower
+from .base import CaptionEncoder
 
 
-class ZImageTextEncoder:
-    """ZImagePipeline.encode_prompt. `model` is a Qwen3 of transformers, which keeps its weights and stays as it is."""
+class ZImageTextEncoder(CaptionEncoder):
+    """ZImagePipeline.encode_prompt."""
 
     family = "z-image"
 
     def __init__(self, model: Any, tokenizer: Any, *, max_tokens: int = 512) -> None:
-        self.max_tokens = tokens.check_count(self.family, "max_tokens", max_tokens)
-        self.tokenizer = tokenizer
-        self.layers = (model.config.num_hidden_layers - 1,)  # hidden_states[-2]
-        self.model = tower.cut(model, self.layers[0])
-
-    @property
-    def channels(self) -> int:
-        return int(self.model.config.hidden_size)
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.model.device)
-
-    @property
-    def template(self) -> str:
-        return self.render("{prompt}")
+        super().__init__(model, tokenizer, _layers(model), max_tokens)
 
     def render(self, prompt: str) -> str:
         return tokens.chat(self.tokenizer, prompt, enable_thinking=True)
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        return fingerprint.identity(self, [self.render(probe) for probe in ("{prompt}", " {prompt}\n", "")])
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint.join(self.identity)
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
         return [len(ids) for ids in self._token_ids(prompts)]
@@ -66,7 +43,7 @@ class ZImageTextEncoder:
         return tokens.token_ids(self.family, self.tokenizer, texts, self.max_tokens, prompts)
 
 
-class ZImageOmniTextEncoder:
+class ZImageOmniTextEncoder(CaptionEncoder):
     """ZImageOmniPipeline.encode_prompt: a caption in segments, between which the condition images stand.
 
     With `images` of them a caption has images + 2 segments, without any it has one. Each segment is read by itself, and
@@ -76,23 +53,8 @@ class ZImageOmniTextEncoder:
     family = "z-image-omni"
 
     def __init__(self, model: Any, tokenizer: Any, *, images: int = 0, max_tokens: int = 512) -> None:
-        self.max_tokens = tokens.check_count(self.family, "max_tokens", max_tokens)
+        super().__init__(model, tokenizer, _layers(model), max_tokens)
         self.images = tokens.check_count(self.family, "images", images, least=0)
-        self.tokenizer = tokenizer
-        self.layers = (model.config.num_hidden_layers - 1,)  # hidden_states[-2]
-        self.model = tower.cut(model, self.layers[0])
-
-    @property
-    def channels(self) -> int:
-        return int(self.model.config.hidden_size)
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.model.device)
-
-    @property
-    def template(self) -> str:
-        return "".join(self.render("{prompt}"))
 
     def render(self, prompt: str) -> list[str]:
         turn, answer = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -105,13 +67,8 @@ class ZImageOmniTextEncoder:
             "<|vision_end|><|im_end|>",
         ]
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        return fingerprint.identity(self, self.render("{prompt}"))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint.join(self.identity)
+    def _probes(self) -> list[str]:
+        return self.render("{prompt}")
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
         return [sum(map(len, segments)) for segments in self._token_ids(prompts)]
@@ -134,6 +91,10 @@ class ZImageOmniTextEncoder:
         names = [prompt for prompt, sample in zip(prompts, texts, strict=True) for _ in sample]
         ids = iter(tokens.token_ids(self.family, self.tokenizer, segments, self.max_tokens, names))
         return [[next(ids) for _ in sample] for sample in texts]
+
+
+def _layers(model: Any) -> tuple[int]:
+    return (model.config.num_hidden_layers - 1,)  # hidden_states[-2]
 
 
 def _encode(encoder: Any, ids: list[list[int]], batch_size: int) -> tuple[Tensor, Tensor]:
