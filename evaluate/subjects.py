@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 from ..durable import replaced
 from ..images import ENDINGS, decoded, open_image, to_bytes
 from ..zoo import TextToImage, load_text_to_image
+from ..zoo.place import REVISION
 from ..zoo.saved_student import pipeline_path, student_facts, student_folder
 
 SHEET = "sheet.png"  # where `twostep sample` lays out the images that lie beside it
@@ -264,12 +266,15 @@ def identity(subject: Subject, order: Order, dtype: torch.dtype) -> str:
 
 
 def _settings_apart(text: str) -> tuple[str, str]:
-    """WHERE and what is set behind its last @; owner/name@v1 is a place, of which nothing is set."""
-    where, at, given = text.rpartition("@")
-    pinned = "=" not in given and where.count("/") == 1 and not Path(where).expanduser().exists()
-    if not at or pinned or Path(text).expanduser().exists():
+    """WHERE, and what is set behind an @; owner/name@v1 is a place, of which nothing is set."""
+    if Path(text).expanduser().exists():
         return text, ""
-    return where, given
+    settings = re.search(f"@(?=({'|'.join(_READ)})=)", text)
+    if settings is not None:
+        return text[: settings.start()], text[settings.end() :]
+    where, _, given = text.partition("@")
+    pinned = where.count("/") == 1 and REVISION.fullmatch(given) and not given.startswith(tuple(_READ))
+    return (text, "") if pinned and not Path(where).expanduser().exists() else (where, given)
 
 
 def state_of(model: str) -> str:

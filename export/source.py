@@ -163,10 +163,13 @@ class Source:
         """Writes export.json, the last file of the new folder."""
         sizes = sizes_in(new)
         whole, seconds = sum(sizes.values()), round(time.monotonic() - self.begun, 1)
+        place = pipeline_path(self.place)
+        teacher, revision = (place, None) if Path(place).is_dir() else repository(place)
         facts = {
             "method": self.facts.get("method"),
             "iteration": self.facts.get("iteration"),
-            "teacher": pipeline_path(self.place),  # where it lies: what stock diffusers is given
+            "teacher": teacher,  # where it lies: what stock diffusers is given
+            "revision": revision,  # of the hub's
             "sigmas": list(self.model.sigmas),
             **more,
             "error": errors,

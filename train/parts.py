@@ -1,6 +1,7 @@
 """What a run takes from its pipeline beside the transformer: encoders of text and images, and contexts made with them.
 
-Each part is loaded when it is first asked for: a run on cached contexts and latents never loads an encoder of text.
+Each part is loaded when it is first asked for: a run on cached contexts and latents loads no large encoder of text, as
+long as they were made by the model's own files.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..zoo.autoencoder import Autoencoder, LatentSpace, autoencoder_config, load_autoencoder
@@ -79,7 +81,7 @@ class SharedContexts:
 class Parts:
     """
     Args:
-        model: a pipeline's folder, its name on the Hugging Face hub, or "miniature" for the package's own.
+        model: a pipeline's folder, its name on the Hugging Face hub (owner/name[@revision]), or "miniature" for the package's own.
         cache: contexts that `twostep cache` wrote; the empty caption's is taken from there, if it has it.
     """
 
@@ -88,6 +90,7 @@ class Parts:
     ) -> None:
         self.model, self.dtype, self.device, self.cache = model, dtype, torch.device(device), cache
         self.lock = threading.Lock()  # of the text encoder's use
+        self._compared: set[Path] = set()  # caches whose encoder is known to be the model's
 
     @cached_property
     def path(self) -> str:
@@ -112,10 +115,11 @@ class Parts:
         if cache is None:
             return SharedContexts(self, None)
         stored = ContextCache(cache)
-        if "text_encoder" in self.__dict__:
+        if "text_encoder" in self.__dict__ or self._text_encoder_is_small():
             stored.check(self.text_encoder)
-        elif not self._made_by_the_same_files(stored):
-            stored.check(load_text_encoder(self.path, dtype=self.dtype))
+        elif cache not in self._compared:
+            self._compare_files(stored)
+            self._compared.add(cache)
         return SharedContexts(self, stored)
 
     @cached_property
@@ -154,20 +158,30 @@ class Parts:
             )
         return _Vision(_twin(Path(self.path), text, max_pixels))
 
-    def _made_by_the_same_files(self, stored: ContextCache) -> bool:
-        """Or there is no telling: a cache that does not know, whose encoder would take long to load; or an encoder that
-        is not on this machine."""
+    def _text_encoder_is_small(self) -> bool:
+        weights = Path(self.path, "text_encoder").glob("*.safetensors")
+        return 0 < sum(file.stat().st_size for file in weights) <= CHEAP
+
+    def _compare_files(self, stored: ContextCache) -> None:
+        """ValueError where the contexts are another encoder's than the model's, which is loaded only if its files are
+        not those that they were made by. A cache of before knows of no files."""
         if stored.files is None:
-            weights = Path(self.path, "text_encoder").glob("*.safetensors")
-            return not 0 < sum(file.stat().st_size for file in weights) <= CHEAP
-        files = text_encoder_files(self.path)
-        if files is None:
-            warnings.warn(
-                f"contexts of {stored.folder} are taken to be those of {self.model}'s text encoder: its files are not "
-                f"on this machine, and cannot be compared",
-                stacklevel=2,
-            )
-        return files in (None, stored.files)
+            return
+        why, files = "it is not on this machine", text_encoder_files(self.path)
+        if files == stored.files:
+            return
+        if files is not None:
+            try:
+                encoder = load_text_encoder(self.path)
+            except (OSError, ValueError, SafetensorError) as error:
+                why = f"it does not load: {error}"
+            else:
+                stored.check(encoder)
+                return
+        warnings.warn(
+            f"contexts in {stored.folder} are taken for those of {self.model}'s text encoder, unseen: {why}",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)

@@ -352,7 +352,9 @@ class TroubleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    model: str = field(metadata={"help": "a diffusers pipeline: its folder, a hub id, or `miniature`"})
+    model: str = field(
+        metadata={"help": "a diffusers pipeline: its folder, a hub id (owner/name[@revision]), or `miniature`"}
+    )
     method: MethodConfig = field(metadata={"help": "how it learns: docs/methods.md"})
     data: DataConfig = field(metadata={"help": "what it learns from"})
     out: Path = field(metadata={"help": "the run's folder; a run that is there goes on"})

@@ -163,7 +163,8 @@ class ContextCache:
                     _write_shard(folder, plan, shard, encoder, batch_size)
                 done += len(plan.part(shard))
                 report(done, total)
-        merge(folder, [plan.name(shard) for shard in range(plan.shards)], plan.header, CONTEXTS)
+        more = {"files": getattr(encoder, "files", None)}
+        merge(folder, [plan.name(shard) for shard in range(plan.shards)], plan.header, CONTEXTS, more)
 
     @staticmethod
     def bytes_needed(encoder: TextEncoder, prompts: list[str], *, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -312,8 +313,6 @@ def _write_shard(folder: Path, plan: Plan, shard: int, encoder: TextEncoder, bat
         "lengths": torch.stack([counts[row] for row in range(len(part))]),
     }
     about = {"prompts": json.dumps([prompt_hash(prompt) for prompt in part]), "has_lengths": str(int(has_lengths))}
-    if encoder.files is not None:
-        about["files"] = encoder.files
     about |= checksums_of((rows[row],) for row in range(len(part)))
     with replaced(folder / name) as new:
         save_file(tensors, new, {**plan.header, **about})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+REVISION = re.compile(r"[\w.-]+|refs/[\w./-]+")  # of the hub: a commit, a tag, a branch, or a pull request's
 
 
 def folder_or_hub_id(place: str | Path, who: str) -> Path | str:
@@ -14,7 +17,8 @@ def folder_or_hub_id(place: str | Path, who: str) -> Path | str:
     if folder.is_dir():
         return folder
     name, revision = repository(str(place))
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or revision == "":
+    revised = revision is None or REVISION.fullmatch(revision)
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or not revised:
         found = "is a file" if folder.exists() else "does not exist"
         raise ValueError(
             f"{who}: {place} {found}; expected a diffusers folder, or a hub id of the form owner/name or "
@@ -24,7 +28,7 @@ def folder_or_hub_id(place: str | Path, who: str) -> Path | str:
 
 
 def repository(hub_id: str) -> tuple[str, str | None]:
-    """A hub id's "owner/name", and its revision (a commit, a tag or a branch) where it has one."""
+    """A hub id's "owner/name", and its revision where it has one."""
     name, at, revision = hub_id.partition("@")
     return name, revision if at else None
 
@@ -68,11 +72,12 @@ def here(place: str | Path, who: str, needed: Sequence[str], also: Sequence[str]
     """`fetched` of what is on this machine already; None where that is not everything needed."""
     found = folder_or_hub_id(place, who)
     if isinstance(found, Path):
-        return found
-    try:
-        folder, absent = _snapshot(*repository(found), needed, also, local_files_only=True)
-    except OSError:
-        return None
+        folder, absent = found, _absent(found, needed)
+    else:
+        try:
+            folder, absent = _snapshot(*repository(found), needed, also, local_files_only=True)
+        except OSError:
+            return None
     return None if absent else folder
 
 
@@ -83,7 +88,11 @@ def _snapshot(
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*needed, *also], **more))
-    return folder, [pattern for pattern in needed if not any(folder.glob(pattern))]
+    return folder, _absent(folder, needed)
+
+
+def _absent(folder: Path, needed: Sequence[str]) -> list[str]:
+    return [pattern for pattern in needed if not any(folder.glob(pattern))]
 
 
 def check_loaded(report: Mapping[str, Any], who: str, where: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def _captions(file: Any) -> Rows:
     return Rows(
         {"prompts": prompts, "lengths": lengths.tolist(), **checksums_in(file)},
         {"captions": len(prompts), "tokens": tokens},
-        {"channels": channels, "lengths": about["has_lengths"] == "1", "files": about.get("files")},
+        {"channels": channels, "lengths": about["has_lengths"] == "1"},
     )
 
 
@@ -103,7 +103,7 @@ CONTEXTS = Kind(
     holds="contexts",
     writer="ContextCache.write (`twostep cache`)",
     input="captions",
-    own=("prompts", "has_lengths", "files", CHECKSUMS),
+    own=("prompts", "has_lengths", CHECKSUMS),
     rows=_captions,
 )
 
@@ -252,11 +252,17 @@ def clear(folder: Path, own: set[str], plan: set[str], rank: int, kind: Kind) ->
             path.unlink(missing_ok=True)
 
 
-def merge(folder: Path, names: list[str], header: dict[str, str], kind: Kind) -> None:
-    """Write the index, if every shard is there. The rank that finishes last always finds them all."""
+def merge(
+    folder: Path, names: list[str], header: dict[str, str], kind: Kind, more: Mapping[str, Any] | None = None
+) -> None:
+    """Write the index, if every shard is there. The rank that finishes last always finds them all.
+
+    Args:
+        more: goes into the index alone.
+    """
     paths = [folder / name for name in names]
     index = collect(paths, header, kind) if all(path.exists() for path in paths) else None
     if index is not None:
-        text = json.dumps(index)
+        text = json.dumps({**index, **(more or {})})
         with replaced(folder / INDEX, alone=False) as new:  # any rank may be the last
             new.write_text(text, encoding="utf-8")

@@ -83,9 +83,13 @@ def test_subjects_are_read() -> None:
     pinned = Subject.parse("x=owner/name@v1@steps=2")
     assert pinned == Subject("x", "owner/name@v1", {"steps": 2})
     assert Subject.parse("owner/name@v1") == Subject("name@v1", "owner/name@v1", {})
+    assert Subject.parse("miniature@subfolder=a@b,steps=2").settings == {"subfolder": "a@b", "steps": 2}
     for text, message in (
         ("x=y@step=2", "'step=2' is not one of steps=..., guidance=..., guidance_interval=..., eta=..., eta_"),
         ("x=y@steps", "'steps' is not one of steps=..."),
+        ("owner/name@steps", "'steps' is not one of steps=..."),
+        ("owner/name@steps8", "'steps8' is not one of steps=..."),
+        ("owner/name@v1@v2", "'v1@v2' is not one of steps=..."),
         ("x=y@steps=two", "steps is 'two', expected a number"),
         ("x=y@guidance_interval=.5", "guidance_interval is '.5', expected two numbers, such as 0.5-0.95"),
         ("x=", "expected .NAME=.WHERE"),

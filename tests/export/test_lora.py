@@ -194,7 +194,9 @@ def test_a_pinned_pipeline_of_the_hub(
     (run / "student" / "student.json").write_text(json.dumps(facts))
     made = export_lora(run, tmp_path / "out", dtype=torch.float32)
     assert made.error <= 1e-5
-    assert json.loads((made.folder / "export.json").read_text())["base"] == ["owner/name@v1", "transformer"]
+    facts = json.loads((made.folder / "export.json").read_text())
+    assert facts["base"] == ["owner/name@v1", "transformer"]
+    assert (facts["teacher"], facts["revision"]) == ("owner/name", "v1")  # as stock diffusers takes them
 
 
 def test_the_command(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,7 +117,8 @@ def test_contexts_come_from_a_cache_or_the_encoder(monkeypatch: pytest.MonkeyPat
     other.save(tmp_path / "other")
     with pytest.raises(ValueError, match=r"was made with the text encoder .* they differ in weights"):
         parts_of(tmp_path / "other").contexts(tmp_path / "c")
-    # Nor is an encoder loaded for this, as long as its files are those that the contexts were made by.
+    # A large encoder is not loaded for this, as long as its files are those that the contexts were made by.
+    monkeypatch.setattr(parts_module, "CHEAP", 1000)
     monkeypatch.setattr(parts_module, "load_text_encoder", forbidden)
     large = parts_of(mini_folder())
     assert equal(large.contexts(tmp_path / "c")[CAPTIONS], stored[CAPTIONS])
@@ -146,31 +147,71 @@ def test_contexts_of_another_encoder_are_told_however_large_it_is(
     parts = parts_of(sharded)
     assert parts.contexts(tmp_path / "c").encoder == again.fingerprint
     assert "text_encoder" not in parts.__dict__  # it was looked at, and let go
+    short = load_text_encoder(mini_folder(), dtype=torch.float32, max_tokens=30)
+    ContextCache.write(tmp_path / "short", short, CAPTIONS, progress=False)
+    with pytest.raises(ValueError, match=r"was made with the text encoder .* they differ in max_tokens"):
+        parts_of(mini_folder()).contexts(tmp_path / "short")
 
-    # What a cache of before does not know cannot be told of a large one.
+    # What a cache of before does not know cannot be told of a large one; and nobody looks twice.
     bare = parts_of(mini_folder()).text_encoder
     bare.files = None
     ContextCache.write(tmp_path / "bare", bare, CAPTIONS, progress=False)
     monkeypatch.setattr(parts_module, "load_text_encoder", forbidden)
     assert parts_of(tmp_path / "other").contexts(tmp_path / "bare").encoder == again.fingerprint
+    assert parts.contexts(tmp_path / "c").encoder == again.fingerprint
+
+
+def test_a_tokenizer_is_told_by_every_byte(tmp_path: Path) -> None:
+    shutil.copytree(mini_folder(), tmp_path / "m")
+    file = tmp_path / "m" / "tokenizer" / "tokenizer.json"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 + 7] ^= 1
+    file.write_bytes(content)
+    (tmp_path / "m" / "tokenizer" / ".DS_Store").touch()
+    changed = text_encoder_files(tmp_path / "m")
+    file.write_bytes((mini_folder() / "tokenizer" / "tokenizer.json").read_bytes())
+    assert changed != text_encoder_files(tmp_path / "m") == text_encoder_files(mini_folder())
+
+
+@pytest.mark.parametrize("absent", ["text_encoder", "tokenizer", "text_encoder/config.json"])
+def test_a_pipeline_without_its_text_encoder_trains_on_contexts(
+    absent: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a machine has it that only trains; what cannot be compared is said."""
+    monkeypatch.setattr(parts_module, "CHEAP", 0)
+    ContextCache.write(tmp_path / "c", parts_of(mini_folder()).text_encoder, CAPTIONS, progress=False)
+    shutil.copytree(mini_folder(), tmp_path / "m")
+    place = tmp_path / "m" / absent
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    with pytest.warns(UserWarning, match="text encoder, unseen: it is not on this machine"):
+        assert parts_of(tmp_path / "m").contexts(tmp_path / "c").stored is not None
 
 
 def test_an_encoder_of_the_hub_is_told_by_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ContextCache.write(tmp_path / "c", parts_of(mini_folder()).text_encoder, CAPTIONS, progress=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(parts_module, "load_text_encoder", forbidden)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    miniature(untrained_seed=1).save(tmp_path / "other")
     for name, commit, folder in (("owner", "0", mini_folder()), ("other", "1", tmp_path / "other")):
-        if name == "other":
-            miniature(untrained_seed=1).save(folder)
         place = tmp_path / f"models--{name}--name"
         shutil.copytree(folder, place / "snapshots" / (commit * 40))
         (place / "refs").mkdir()
         (place / "refs" / "main").write_text(commit * 40)
-    assert Parts("owner/name", dtype=torch.float32, device="cpu").contexts(tmp_path / "c").stored is not None
-    with pytest.raises(AssertionError, match="not to be loaded"):  # to compare weights
-        Parts("other/name", dtype=torch.float32, device="cpu").contexts(tmp_path / "c")
-    with pytest.warns(UserWarning, match="taken to be those of absent/name's text encoder: its files are not on this"):
-        assert Parts("absent/name", dtype=torch.float32, device="cpu").contexts(tmp_path / "c").stored is not None
+
+    def contexts(model: str) -> ContextCache | None:
+        return Parts(model, dtype=torch.float32, device="cpu").contexts(tmp_path / "c").stored
+
+    with pytest.raises(ValueError, match=r"was made with the text encoder .* they differ in weights"):
+        contexts("other/name")
+    with pytest.warns(UserWarning, match="taken for those of absent/name's text encoder, unseen: it is not on this"):
+        assert contexts("absent/name") is not None
+    (tmp_path / "models--other--name" / "snapshots" / ("1" * 40) / "text_encoder" / "model.safetensors").write_bytes(
+        b""
+    )
+    with pytest.warns(UserWarning, match="other/name's text encoder, unseen: it does not load"):
+        assert contexts("other/name") is not None
+    monkeypatch.setattr(parts_module, "load_text_encoder", forbidden)
+    assert contexts("owner/name") is not None
 
 
 def test_the_empty_caption_is_the_caches_if_it_has_it(tmp_path: Path) -> None:

@@ -270,8 +270,9 @@ def test_a_hub_id_may_name_a_revision(hub: Path) -> None:
         load_backbone("owner/name@v2")
     with pytest.raises(ValueError, match=r"owner/name@v1 names a revision, and another is given: main"):
         load_backbone("owner/name@v1", revision="main")
-    with pytest.raises(ValueError, match=r"owner/name@ does not exist; expected .* owner/name or owner/name@revision"):
-        load_backbone("owner/name@")
+    for name in ("owner/name@", "owner/name@@", "owner/name@v1@v2", "runs/exp@2/student"):
+        with pytest.raises(ValueError, match=rf"{name} does not exist; expected .* owner/name or owner/name@revision"):
+            load_backbone(name)
 
 
 def test_a_repository_that_is_a_transformer_alone(hub: Path) -> None:

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--model",
         required=True,
-        help="a diffusers pipeline: its folder, owner/name on the Hugging Face hub, or `miniature`",
+        help="a diffusers pipeline: its folder, owner/name[@revision] on the Hugging Face hub, or `miniature`",
     )
     add("--subfolder", default="transformer", help="where in it the teacher's transformer lies (default: %(default)s)")
     add("--prompts", required=True, type=Path, help=".txt, .jsonl, .parquet, or a folder of datasets")

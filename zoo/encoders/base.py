@@ -15,7 +15,7 @@ class CaptionEncoder(ABC):
     """`model` is a Qwen3 of transformers, which keeps its weights and stays as it is."""
 
     family: ClassVar[str]
-    files: str | None = None  # `identity_of` those that it was loaded from
+    files: str | None = None  # what it was loaded from, and how: see `text_encoder_files`
 
     def __init__(self, model: Any, tokenizer: Any, layers: tuple[int, ...], max_tokens: int) -> None:
         self.max_tokens = tokens.check_count(self.family, "max_tokens", max_tokens)

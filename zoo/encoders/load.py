@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from ..file_identity import identity_of
 from ..place import fetched, here
 from ..variant import variant_of
+from .fingerprint import digest
 from .klein import KleinTextEncoder
 from .protocol import TextEncoder
 from .zimage import ZImageOmniTextEncoder, ZImageTextEncoder
@@ -30,7 +32,9 @@ FAMILIES: dict[str, Any] = {
 }
 
 WHO = "load_text_encoder"
-NEEDED, ALSO = ("model_index.json", "text_encoder/*.safetensors", "tokenizer/*"), ("text_encoder/*.json",)
+NEEDED = ("model_index.json", "text_encoder/config.json", "text_encoder/*.safetensors", "tokenizer/*.json")
+ALSO = ("text_encoder/*.json", "tokenizer/*")
+WHOLE = 1 << 26  # bytes of a file that is read whole to tell it: a tokenizer's
 
 
 def load_text_encoder(
@@ -44,7 +48,7 @@ def load_text_encoder(
 
     Args:
         folder_or_hub_id: a pipeline's folder (model_index.json, text_encoder/, tokenizer/), or its name on the
-            Hugging Face hub; nothing but these three is downloaded.
+            Hugging Face hub, owner/name[@revision]; nothing but these three is downloaded.
         settings: what the family's encoder takes: max_tokens; layers for klein; images for the omni model.
 
     Only the layers that the features need are kept, and only they reach the device.
@@ -52,10 +56,7 @@ def load_text_encoder(
     import transformers
 
     folder = fetched(folder_or_hub_id, WHO, NEEDED, ALSO)
-    index = _pipeline_index(folder)
-    pipeline = index["_class_name"]
-    if isinstance(pipeline, list):  # a file in the folder, and a class in it: an exported student's
-        pipeline = pipeline[-1]
+    index, pipeline = _pipeline_index(folder), _pipeline_class(folder)
     if pipeline not in FAMILIES:
         raise ValueError(
             f"load_text_encoder: {folder} holds a {pipeline}; text encoders are known for {', '.join(sorted(FAMILIES))}"
@@ -75,21 +76,31 @@ def load_text_encoder(
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     encoder = FAMILIES[pipeline](model.eval().requires_grad_(False), tokenizer, **settings)
-    encoder.files = _identity(folder)
+    encoder.files = _identity(folder, pipeline, settings)
     encoder.model.to(device)
     return encoder
 
 
 def text_encoder_files(folder_or_hub_id: str | Path) -> str | None:
-    """`TextEncoder.files` of what `load_text_encoder` would give, which is not loaded; None where a hub's files are not
-    on this machine."""
+    """`files` of the encoder that `load_text_encoder` would give, without settings; it is not loaded. None where the
+    files are not on this machine.
+
+    Equal ones tell the same encoder. Others may still be the same: weights in other shards.
+    """
     folder = here(folder_or_hub_id, WHO, NEEDED, ALSO)
-    return None if folder is None else _identity(folder)
+    return None if folder is None else _identity(folder, _pipeline_class(folder), {})
 
 
-def _identity(folder: Path) -> str:
-    read = [path for pattern in (*NEEDED[1:], *ALSO) for path in folder.glob(pattern)]
-    return identity_of(path for path in read if path.is_file())
+def _identity(folder: Path, pipeline: str, settings: Mapping[str, Any]) -> str:
+    read = {path for pattern in (*NEEDED[1:], *ALSO) for path in folder.glob(pattern)}
+    files = identity_of((path for path in read if path.is_file() and path.name[0] != "."), WHOLE)
+    family = FAMILIES[pipeline].family if pipeline in FAMILIES else pipeline
+    return digest([files, family, {name: repr(value) for name, value in settings.items()}])
+
+
+def _pipeline_class(folder: Path) -> str:
+    found = _pipeline_index(folder)["_class_name"]
+    return found[-1] if isinstance(found, list) else found  # a file in the folder, and a class in it: an export
 
 
 def _pipeline_index(folder: Path) -> dict[str, Any]:

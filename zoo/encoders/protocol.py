@@ -23,10 +23,6 @@ class TextEncoder(Protocol):
         """Where the features are made; moving `model` moves it."""
 
     @property
-    def files(self) -> str | None:
-        """Which files it was loaded from (zoo/file_identity.py); None where it was made of a model in memory."""
-
-    @property
     def max_tokens(self) -> int:
         """A caption (a segment of one, where captions have segments) of more tokens is cut, with a warning."""
 

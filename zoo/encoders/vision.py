@@ -200,8 +200,7 @@ def load_vision_encoder(
             f"load_vision_encoder: the text encoder is {type(text_encoder).__name__}, expected ZImageTextEncoder; "
             f"FLUX.2-klein sees images through klein_reference_context"
         )
-    needed = ("config.json", "*.safetensors", "preprocessor_config.json")
-    folder = fetched(vl_folder_or_hub_id, "load_vision_encoder", needed, ["*.json"])
+    folder = fetched(vl_folder_or_hub_id, "load_vision_encoder", ["config.json", "*.safetensors"], ["*.json"])
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "qwen3_vl":
         raise ValueError(f"load_vision_encoder: {vl_folder_or_hub_id} holds a {config.model_type}, expected qwen3_vl")
