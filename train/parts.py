@@ -81,7 +81,8 @@ class SharedContexts:
 class Parts:
     """
     Args:
-        model: a pipeline's folder, its name on the Hugging Face hub (owner/name[@revision]), or "miniature" for the package's own.
+        model: a pipeline's folder, its name on the Hugging Face hub (owner/name[@revision]), or "miniature" for the
+            package's own.
         cache: contexts that `twostep cache` wrote; the empty caption's is taken from there, if it has it.
     """
 
