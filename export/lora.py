@@ -242,7 +242,7 @@ def _verify(
             allowed += 3 * relative(probes.images(own), exact)
         what = "images of the factors that were written differ from the student's"
         hold(lost, allowed, what, "the scaling of the factors")
-    name, revision = (base[0], None) if Path(base[0]).is_dir() else repository(base[0])
+    name, revision = repository(base[0])
     facts = {
         "pipeline": str(source.pipeline),
         "base": name,

@@ -163,8 +163,7 @@ class Source:
         """Writes export.json, the last file of the new folder."""
         sizes = sizes_in(new)
         whole, seconds = sum(sizes.values()), round(time.monotonic() - self.begun, 1)
-        place = pipeline_path(self.place)
-        teacher, revision = (place, None) if Path(place).is_dir() else repository(place)
+        teacher, revision = repository(pipeline_path(self.place))
         facts = {
             "method": self.facts.get("method"),
             "iteration": self.facts.get("iteration"),

@@ -27,10 +27,10 @@ def folder_or_hub_id(place: str | Path, who: str) -> Path | str:
     return str(place)
 
 
-def repository(hub_id: str) -> tuple[str, str | None]:
-    """A hub id's "owner/name", and its revision where it has one."""
-    name, at, revision = hub_id.partition("@")
-    return name, revision if at else None
+def repository(place: str) -> tuple[str, str | None]:
+    """A hub id's "owner/name", and its revision where it has one, as diffusers takes them; a folder is itself."""
+    name, at, revision = place.partition("@")
+    return (place, None) if not at or Path(place).is_dir() else (name, revision)
 
 
 def inside(subfolder: str | None, name: str) -> str:

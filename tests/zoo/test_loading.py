@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipe
 from twostep.train.source_identity import source_identity
 from twostep.zoo import load_backbone
 from twostep.zoo.flux2.backbone import Flux2Backbone
+from twostep.zoo.place import repository
 from twostep.zoo.z_image.backbone import ZImageBackbone
 
 from .models import CASES, batch_of, call_stock, relative_error, stock_model
@@ -273,6 +274,14 @@ def test_a_hub_id_may_name_a_revision(hub: Path) -> None:
     for name in ("owner/name@", "owner/name@@", "owner/name@v1@v2", "runs/exp@2/student"):
         with pytest.raises(ValueError, match=rf"{name} does not exist; expected .* owner/name or owner/name@revision"):
             load_backbone(name)
+
+
+def test_a_folder_may_have_an_at_in_its_name(hub: Path) -> None:
+    place = hub.parent / "run@2"
+    shutil.copytree(hub, place)
+    assert load_backbone(place, subfolder="transformer").default_shift(16, 16, 8) == 6.0
+    assert repository(str(place)) == (str(place), None)
+    assert repository("owner/name@v1") == ("owner/name", "v1") and repository("owner/name") == ("owner/name", None)
 
 
 def test_a_repository_that_is_a_transformer_alone(hub: Path) -> None:
